@@ -1,0 +1,5 @@
+"""Plain `pytest` puts tests/ on the path, not the scripts beside it."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
