@@ -1,0 +1,313 @@
+"""Evaluation and prediction, with a checkpoint (.pt) or an exported network (.onnx).
+
+    python eval.py runs/fastdepth-1/best.pt --data data/rooms --split val          # metrics and a sheet of pictures
+    python eval.py best.pt --data nyu --split test --protocol eigen --json nyu.json
+    python eval.py best.pt --images photos/*.jpg --out depth                       # depth of your own pictures
+
+Metrics are computed per image and then averaged over images. What is compared, and where, is a protocol:
+
+    fastdepth    224x224 view of the FastDepth papers (crop, nearest), every measured pixel
+    eigen        480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to that
+    densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
+"""
+import argparse
+import glob
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from data import (FOCAL, GEOMETRIES, PICTURES, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
+                  sampling_grid, tile, to_picture, valid_mask)
+from model import MODELS, load_model
+
+# ------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------------------------
+
+METRICS = ("rmse", "mae", "absrel", "sqrel", "rmse_log", "log10", "silog", "d1", "d2", "d3", "irmse")
+
+
+def moments(pred, target, mask):
+    """(B, 1, H, W) metres -> dict of (B,) per-image means over the mask, from which every metric follows.
+
+    Logarithms and inverses take max(pred, 1 mm), so that a network may answer 0. NaN where an image has no valid pixel.
+    """
+    pred, target = pred.double(), torch.where(mask, target, 1).double()
+    safe, count = pred.clamp(min=1e-3), mask.sum((1, 2, 3))
+    error, log_error = pred - target, safe.log() - target.log()
+    ratio = torch.maximum(safe / target, target / safe)
+    values = dict(squared=error**2, mae=error.abs(), absrel=error.abs() / target, sqrel=error**2 / target,
+                  log=log_error, log_squared=log_error**2, log10=log_error.abs() / math.log(10),
+                  inverse_squared=(1 / safe - 1 / target)**2, d1=ratio < 1.25, d2=ratio < 1.25**2, d3=ratio < 1.25**3)
+    return {name: torch.where(mask, v, 0).double().sum((1, 2, 3)) / count for name, v in values.items()} | {"count": count}
+
+
+def from_moments(m):
+    """Means of moments() -> the metrics: rmse, mae in m; irmse in 1/m; silog 100 x the standard deviation of the log error."""
+    values = dict(m, rmse=m["squared"].sqrt(), rmse_log=m["log_squared"].sqrt(), irmse=m["inverse_squared"].sqrt(),
+                  silog=100 * (m["log_squared"] - m["log"]**2).clamp(min=0).sqrt())
+    return {name: values[name] for name in METRICS}
+
+
+def depth_metrics(pred, target, mask):
+    """(B, 1, H, W) prediction, truth in metres and bool mask -> dict of (B,) tensors, NaN where nothing is valid.
+
+    rmse, mae (m), irmse (1/m); absrel, sqrel (relative to the truth); rmse_log, log10; silog (KITTI's, x 100);
+    d1, d2, d3: the share of pixels with max(pred/target, target/pred) below 1.25, 1.25^2, 1.25^3.
+    """
+    return from_moments(moments(pred, target, mask))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Protocols
+# ------------------------------------------------------------------------------------------------------------------
+
+PROTOCOLS = {
+    #             frame          rows        columns    clamp          max_depth   pooled, flip
+    "fastdepth":  dict(native=False, rows=(0, None), cols=(0, None), clamp=None, max_depth=math.inf, pooled=False, flip=False),
+    "eigen":      dict(native=True, rows=(45, 471), cols=(41, 601), clamp=(1e-3, 10.0), max_depth=10.0, pooled=False, flip=False),
+    "densedepth": dict(native=True, rows=(20, 460), cols=(24, 616), clamp=(0.1, 10.0), max_depth=10.0, pooled=True, flip=True),
+}
+
+
+def flip_average(predict):
+    """A prediction that is the mean of the picture's and of its mirror image's, mirrored back."""
+    return lambda image: (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
+
+
+@torch.no_grad()
+def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, view=None, what=None):
+    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index): means over images as a dict,
+    with `images` (counted) and `skipped` (no valid pixel), and the per-image moments.
+
+    view: what the network is shown of an image.  The prediction is enlarged bilinearly to the truth's size; rows, cols:
+    the part that counts; pooled: means over all pixels instead; what: a label for the progress line.
+    """
+    found, start, done = [], time.time(), 0
+    for image, depth, index in loader:
+        pred = predict(image if view is None else view(image)).float().cpu()
+        pred = F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False) if pred.shape != depth.shape else pred
+        pred = pred if clamp is None else pred.clamp(*clamp)
+        part = (..., slice(*rows), slice(*cols))
+        found.append(moments(pred[part], depth[part], valid_mask(depth[part], max_depth)))
+        done += len(image)
+        if what:
+            progress(what, done, len(loader.dataset), start)
+    images = {name: torch.cat([m[name] for m in found]) for name in found[0]}
+    counted = images["count"] > 0
+    if not counted.any():
+        raise ValueError("no image has a valid pixel: check --max-depth and --depth-scale")
+    kept = {name: value[counted] for name, value in images.items()}
+    weight = kept["count"] / kept["count"].sum()
+    result = from_moments({name: (value * weight).sum() for name, value in kept.items()}) if pooled else \
+        {name: value.mean() for name, value in from_moments(kept).items()}
+    return {name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())), images
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Networks from files, and the size at which they see a picture
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def load_predictor(file, device="cpu"):
+    """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
+    geometry, max_depth, whole_size and fixed (whether an .onnx file takes one size only). ValueError names the file."""
+    if Path(file).suffix != ".onnx":
+        model, facts = load_model(file, device)
+        return lambda image: model(image.to(device)), facts | dict(whole_size=MODELS[facts["model"]]["whole_size"], fixed=False)
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(f"{file}: running an .onnx file needs onnxruntime: pip install onnxruntime") from None
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+        facts = json.loads(session.get_modelmeta().custom_metadata_map["fastdepth"])
+    except KeyError:
+        raise ValueError(f"{file}: was not written by export.py: its size and unit are not known") from None
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise ValueError(f"{file}: onnxruntime cannot read it ({str(error).splitlines()[0]}): export it again") from None
+    return lambda image: torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0]), facts
+
+
+def whole_picture_size(height, width, whole_size):
+    """The multiple of 32 at which a whole picture of any shape is shown to a network, so that things have the size of
+    training: whole_size is that of a 480x640 frame, and cameras are taken to have its angle along the longer side."""
+    scale = 640 / max(height, width)
+    return tuple(max(32, round(n * scale * whole / frame / 32) * 32)
+                 for n, whole, frame in ((height, whole_size[0], 480), (width, whole_size[1], 640)))
+
+
+def shown(size, geometry):
+    """The view of a batch of images that `geometry` (data.sampling_grid) gives at `size`."""
+    def view(image):
+        rows, cols, _ = sampling_grid(*image.shape[-2:], size, geometry)
+        return image[..., rows, cols]
+    return view
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def picture_row(image, truth, pred, max_depth):
+    """RGB, truth, prediction and error of one sample, (C, H, W) tensors -> four (H, W, 3) uint8 pictures.
+
+    Truth and prediction share one range; the error is dark at 0 and bright at 1 m and more.
+    """
+    truth, pred = truth[0].cpu(), pred[0].float().cpu()
+    mask = valid_mask(truth, max_depth)
+    near, far = (truth[mask].min().item(), truth[mask].max().item()) if mask.any() else (0, 1)
+    error = torch.where(mask, (pred - truth).abs().clamp(1e-6, 1), 0)
+    return [to_picture(image), colourise(truth * mask, near, far), colourise(pred.clamp(min=1e-3), near, far), colourise(error, 1, 0)]
+
+
+@torch.no_grad()
+def sample_sheet(predict, dataset, file, max_depth, n=6, view=None):
+    """Write n evenly chosen samples as RGB | truth | prediction | error."""
+    rows = []
+    for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
+        image, depth, _ = dataset[i]
+        pred = predict(image[None] if view is None else view(image[None])).float().cpu()
+        pred = F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False)[0]
+        rows.append(picture_row(image, depth, pred, max_depth))
+    tile(rows, ("RGB", "truth", "prediction", "error, 0 (dark) to 1 m")).save(file)
+
+
+def with_scale_bar(depth):
+    """(H, W) metres -> colour picture with a bar that says which colour is how far, in metres."""
+    near, far = np.quantile(depth, (0.01, 0.99))
+    far = max(far, near + 0.1)
+    height, width = depth.shape
+    bar = np.linspace(near, far, max(height, 64))[:, None].repeat(max(12, height // 24), 1)
+    font = max(10, height // 28)
+    sheet = Image.new("RGB", (width + bar.shape[1] + 5 * font, len(bar)), "white")
+    sheet.paste(Image.fromarray(colourise(depth, near, far)))
+    sheet.paste(Image.fromarray(colourise(bar, near, far)), (width + font, 0))
+    for k in range(5):
+        value = near + (far - near) * k / 4
+        y = round((len(bar) - 1.3 * font) * k / 4)
+        ImageDraw.Draw(sheet).text((width + bar.shape[1] + int(1.3 * font), y), f"{value:.1f} m", fill="black", font_size=font)
+    return sheet
+
+
+def write_ply(file, depth, image, focal):
+    """A coloured point cloud: x right, y down, z forward, in metres, of (H, W) depth and (H, W, 3) uint8; focal in pixels."""
+    height, width = depth.shape
+    v, u = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    points = np.zeros(height * width, dtype=[("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    points["xyz"] = np.stack([(u - width / 2) / focal * depth, (v - height / 2) / focal * depth, depth], -1).reshape(-1, 3)
+    points["rgb"] = image.reshape(-1, 3)
+    points = points[depth.ravel() > 0]
+    fields = "".join(f"property float {c}\n" for c in "xyz") + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue"))
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{fields}end_header\n"
+    Path(file).write_bytes(header.encode() + points.tobytes())
+
+
+def find_pictures(paths):
+    """Files, folders and globs -> picture files, sorted. ValueError names what matches nothing."""
+    found = []
+    for path in paths:
+        here = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in PICTURES) if Path(path).is_dir() else \
+            sorted(map(Path, glob.glob(path))) or [Path(path)]
+        if not here or not here[0].exists():
+            raise ValueError(f"{path}: no picture there ({', '.join(PICTURES)})")
+        found += here
+    return found
+
+
+@torch.no_grad()
+def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
+    """Write for each picture NAME.png (16-bit millimetres), NAME.npy (float32 metres) and NAME_colour.png, at the picture's size."""
+    stems = [f.stem for f in files]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"{max(stems, key=stems.count)}: two pictures of this name would overwrite each other: predict them into two folders")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        picture = read_image(file)
+        height, width = picture.shape[:2]
+        at = size or (facts["size"] if facts["fixed"] else whole_picture_size(height, width, facts["whole_size"]))
+        image = shown(at, geometry)(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
+        depth = F.interpolate(predict(image).float().cpu(), (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+        Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)).save(out / f"{file.stem}.png")
+        np.save(out / f"{file.stem}.npy", depth)
+        with_scale_bar(depth).save(out / f"{file.stem}_colour.png")
+        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
+        if ply:
+            pixels = focal or FOCAL * max(width, height)
+            write_ply(out / f"{file.stem}.ply", depth, picture, pixels)
+            print(f"{out / file.stem}.ply: focal length {pixels:.0f} pixels, {'given' if focal else 'assumed: 0.81 of the longer side'}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a network on a data set, or predict the depth of pictures.")
+    parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's)")
+    # evaluation
+    parser.add_argument("--data", help="data set of any layout that data.py knows")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
+    parser.add_argument("--protocol", default="fastdepth", choices=PROTOCOLS)
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
+    parser.add_argument("--depth-scale", type=float, default=1000.0)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model)")
+    parser.add_argument("--expect-rmse", type=float, metavar="M", help="exit with 1 when the RMSE is above this")
+    # prediction
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures or globs")
+    parser.add_argument("--out", default="runs/depth", help="folder for the predictions")
+    parser.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
+    parser.add_argument("--focal", type=float, metavar="PIXELS", help="the camera's focal length, for --ply")
+    args = parser.parse_args(argv)
+    if (args.data is None) == (args.images is None):
+        parser.error("give --data to evaluate, or --images to predict")
+    predict, facts = load_predictor(args.model, args.device)
+    size = tuple(args.size) if args.size else None
+    if args.images:
+        return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
+                                args.geometry or "full", args.focal, args.ply)
+
+    protocol = dict(PROTOCOLS[args.protocol])
+    native, flip = protocol.pop("native"), protocol.pop("flip") if args.flip is None else args.flip
+    protocol.pop("flip", None)
+    at = size or tuple(facts["size"] if facts["fixed"] or not native else facts["whole_size"])
+    geometry = args.geometry or ("full" if native else "fastdepth")
+    dataset = open_dataset(args.data, args.split, None if native else at, geometry=geometry, depth_scale=args.depth_scale)
+    if native and (found := tuple(dataset[0][1].shape[-2:])) != (480, 640):
+        raise ValueError(f"{dataset.files[0]}: protocol {args.protocol} is defined for 480x640 frames, this is {found[0]}x{found[1]}: "
+                         "use --protocol fastdepth")
+    loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers, worker_init_fn=ignore_interrupt)
+    predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else None
+    result, _ = evaluate(predict, loader, **protocol, view=view, what="evaluating")
+    print(f"{args.model} on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
+          f"{result['images']} images, {result['skipped']} without depth skipped")
+    print("  ".join(f"{name:>8}" for name in METRICS))
+    print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
+    sheet = args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png")
+    sample_sheet(predict, dataset, sheet, protocol["max_depth"], view=view)
+    print(f"pictures: {sheet}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(dict(vars(args), **result), indent=1) + "\n")
+    if args.expect_rmse is not None and not result["rmse"] <= args.expect_rmse:
+        print(f"RMSE {result['rmse']:.4f} is above the expected {args.expect_rmse}")
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,205 @@
+"""Losses for monocular depth: (pred, target, mask) -> scalar, lower is better.
+
+    pred, target    (B, 1, H, W) metres along the optical axis; pred may be 0, negative or half precision
+    mask            (B, 1, H, W) bool, true where target is measured; what stands elsewhere never matters
+    scalar          float32 (float64 for float64 predictions), 0 if nothing is measured
+
+    loss = make_loss("l1")                                 # or "ssim", ...: any name in LOSSES, at the end of this file
+    loss = make_loss("densedepth", max_depth=80.0)         # some need to know how far metres go; the others ignore it
+    loss(pred, target, (target > 0) & (target <= 80)).backward()
+
+The functions may be called directly too: huber(pred, target, mask, delta=0.5). The file needs nothing but torch, so it
+can be copied alone. In the formulas p is predicted depth, d true depth, n the number of valid pixels.
+"""
+import math
+
+import torch
+
+# ------------------------------------------------------------------------------------------------------------------
+# What all losses share
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(pred, target, mask):
+    """The door: equal shapes, at least float32, and 1 m in place of every invalid pixel of both.
+
+    Replacing comes before any logarithm or division: masking their result would leave NaN in the gradient, 0 * inf.
+    """
+    if not pred.shape == target.shape == mask.shape:  # (B, H, W) beside (B, 1, H, W) would broadcast in silence
+        raise ValueError(f"shapes differ: pred {tuple(pred.shape)}, target {tuple(target.shape)}, mask {tuple(mask.shape)}")
+    dtype = torch.promote_types(pred.dtype, torch.float32)  # bfloat16 knows depth to 2 digits only: compute in float32
+    return torch.where(mask, pred.to(dtype), 1), torch.where(mask, target.to(dtype), 1)
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x over the true pixels of mask, along dim or in all; 0, with gradient 0, where none is true."""
+    return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def log_depth(depth):
+    """log(depth) from 1 mm up, as in evaluation; below it a straight line of slope 1 per metre, down to any negative depth.
+
+    A clamp alone has no gradient there, so that a pixel which answers 0 or less would stay where it is.
+    """
+    safe = depth.clamp(min=1e-3)
+    return safe.log() + (depth - safe)
+
+
+def inverse_depth(depth, max_depth):
+    """max_depth / depth from max_depth / 100 up (10 cm of 10 m), so 100 ... 1; nearer a straight line of slope -1 per metre.
+
+    Not from 1 mm up: there the slope is -10^7, and one pixel near 0 would outweigh all others of the batch.
+    """
+    safe = depth.clamp(min=max_depth / 100)
+    return max_depth / safe - (depth - safe)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses of single pixels
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def l1(pred, target, mask):
+    """mean |p - d|, in m. The mean absolute error."""
+    pred, target = prepare(pred, target, mask)
+    return masked_mean((pred - target).abs(), mask)
+
+
+def l2(pred, target, mask):
+    """mean (p - d)^2, in m^2. The mean squared error: far walls, whose errors are large, decide it."""
+    pred, target = prepare(pred, target, mask)
+    return masked_mean((pred - target)**2, mask)
+
+
+def huber(pred, target, mask, delta=1.0):
+    """mean of e^2 / 2 where e = |p - d| <= delta, else delta (e - delta / 2), in m^2; delta in m.
+
+    A parabola that goes on as a straight line. Huber: Robust Estimation of a Location Parameter, 1964.
+    """
+    pred, target = prepare(pred, target, mask)
+    error = (pred - target).abs()
+    return masked_mean(torch.where(error <= delta, error**2 / 2, delta * (error - delta / 2)), mask)
+
+
+def berhu(pred, target, mask):
+    """mean of e where e = |p - d| <= c, else (e^2 + c^2) / (2 c), with c = 0.2 max e over the batch, in m.
+
+    Huber reversed: l1 for small errors, a parabola for large ones.
+    Laina et al.: Deeper Depth Prediction with Fully Convolutional Residual Networks, 2016.
+    """
+    pred, target = prepare(pred, target, mask)
+    error = (pred - target).abs()  # 0 at invalid pixels, so that they never are the maximum
+    c = (0.2 * error.detach().max()).clamp(min=1e-6)  # a constant to the gradient; more than 0 for a perfect prediction
+    return masked_mean(torch.where(error <= c, error, (error**2 + c**2) / (2 * c)), mask)
+
+
+def log(pred, target, mask):
+    """sqrt(mean (log p - log d)^2), no unit: 0.1 means about 10 % off. The RMSE of log depth.
+
+    Not sqrt(log^2 d - log^2 p), as sometimes printed: NaN for p < d < 1, and 0 for p = 0.5, d = 2.
+    """
+    pred, target = prepare(pred, target, mask)
+    mean = masked_mean((log_depth(pred) - log_depth(target))**2, mask)
+    # The slope of sqrt is infinite at 0, a perfect prediction: take the root of 1 there. (A NaN is not 0 and stays NaN.)
+    return torch.where(mean == 0, 1, mean).sqrt() * (mean != 0)
+
+
+def silog(pred, target, mask, lam=0.5):
+    """mean g^2 - lam (mean g)^2 with g = log p - log d, no unit; per image, then the mean of the images.
+
+    The scale-invariant error: lam = 1 forgives a wrong scale of the whole image, lam = 0.5 half of it.
+    Eigen, Puhrsch, Fergus: Depth Map Prediction from a Single Image using a Multi-Scale Deep Network, 2014.
+    """
+    pred, target = prepare(pred, target, mask)
+    g = log_depth(pred) - log_depth(target)
+    image = (1, 2, 3)
+    return masked_mean(masked_mean(g**2, mask, image) - lam * masked_mean(g, mask, image)**2, mask.any(image))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses of neighbourhoods
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def gradient(pred, target, mask):
+    """mean |dx p - dx d| + mean |dy p - dy d|, in m per pixel, with dx and dy the differences of direct neighbours.
+
+    The edge loss: depth must rise and fall where the truth does; an offset costs nothing. A pair counts if both its
+    pixels are valid. The difference comes before the absolute value: mean (|dx p| - |dx d|) is least for flat depth.
+    """
+    pred, target = prepare(pred, target, mask)
+    error = pred - target  # dx p - dx d = dx (p - d)
+    return (masked_mean((error[..., 1:] - error[..., :-1]).abs(), mask[..., 1:] & mask[..., :-1])
+            + masked_mean((error[..., 1:, :] - error[..., :-1, :]).abs(), mask[..., 1:, :] & mask[..., :-1, :]))
+
+
+def gaussian_mean(x, size=11, sigma=1.5):
+    """Gaussian mean over every size x size window inside x: (B, C, H, W) -> (B, C, H - size + 1, W - size + 1).
+
+    A sum of shifted views and no convolution, because autocast (and TF32, on by default) rounds what goes into one.
+    """
+    weights = [math.exp(-(i - size // 2)**2 / (2 * sigma**2)) for i in range(size)]
+    for dim in (-2, -1):
+        length = x.shape[dim] - size + 1
+        x = sum(w / sum(weights) * x.narrow(dim, i, length) for i, w in enumerate(weights))
+    return x
+
+
+def ssim(pred, target, mask, max_depth=10.0):
+    """mean (1 - SSIM) / 2 over all 11 x 11 windows without an invalid pixel, no unit: 0 alike, 1 opposite.
+
+        SSIM = (2 mp md + c1) (2 spd + c2) / ((mp^2 + md^2 + c1) (sp^2 + sd^2 + c2)), c1 = (0.01 R)^2, c2 = (0.03 R)^2
+
+    m are means, s^2 variances, spd the covariance under a Gaussian of sigma 1.5; R = max_depth. Sparse truth (LiDAR) has no
+    whole window and costs 0. Wang, Bovik, Sheikh, Simoncelli: Image Quality Assessment: From Error Visibility to
+    Structural Similarity, 2004.
+    """
+    if min(pred.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs at least 11x11 pixels, not {pred.shape[-2]}x{pred.shape[-1]}")
+    pred, target = prepare(pred, target, mask)
+    # Variances do not depend on an offset, but E[x^2] - E[x]^2 loses fewer digits the nearer x is to 0.
+    offset_p, offset_d = masked_mean(pred, mask).detach(), masked_mean(target, mask)
+    p, d = pred - offset_p, target - offset_d
+    mp, md, pp, dd, pd = gaussian_mean(torch.cat([p, d, p * p, d * d, p * d], 1)).split(1, 1)
+    whole = gaussian_mean((~mask).to(p.dtype)) == 0  # every weight is above 0, so one invalid pixel shows
+    c1, c2 = (0.01 * max_depth)**2, (0.03 * max_depth)**2
+    structure = (2 * (pd - mp * md) + c2) / ((pp - mp**2) + (dd - md**2) + c2)
+    mp, md = mp + offset_p, md + offset_d
+    luminance = (2 * mp * md + c1) / (mp**2 + md**2 + c1)
+    return masked_mean((1 - luminance * structure) / 2, whole)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sums, and the table of names
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def mae_grad_ssim(pred, target, mask, max_depth=10.0, weights=(0.6, 0.2, 1.0)):
+    """0.6 l1 + 0.2 gradient + 1.0 ssim, of metres.
+
+    The terms of Hafeez, Madden, Sistu, Ullah: Depth Estimation Using Weighted-Loss and Transfer Learning, 2024
+    (arXiv:2404.07686), with the weights of a public notebook after it.
+    """
+    terms = l1(pred, target, mask), gradient(pred, target, mask), ssim(pred, target, mask, max_depth)
+    return sum(weight * term for weight, term in zip(weights, terms))
+
+
+def densedepth(pred, target, mask, max_depth=10.0):
+    """0.1 l1 + gradient + ssim, of y = max_depth / depth, no unit: near depth counts most.
+
+    Alhashim, Wonka: High Quality Monocular Depth Estimation via Transfer Learning, 2018 (arXiv:1812.11941).
+    """
+    pred, target = (inverse_depth(x, max_depth) for x in prepare(pred, target, mask))
+    return 0.1 * l1(pred, target, mask) + gradient(pred, target, mask) + ssim(pred, target, mask, 100.0)  # y is 1 ... 100
+
+
+LOSSES = {"l1": l1, "l2": l2, "huber": huber, "berhu": berhu, "log": log, "silog": silog,
+          "gradient": gradient, "ssim": ssim, "mae+grad+ssim": mae_grad_ssim, "densedepth": densedepth}
+
+
+def make_loss(name, max_depth=10.0):
+    """The loss of that name as (pred, target, mask) -> scalar, for depth of up to max_depth metres."""
+    loss = LOSSES[name]
+    if loss not in (ssim, mae_grad_ssim, densedepth):
+        return loss
+    return lambda pred, target, mask: loss(pred, target, mask, max_depth=max_depth)

@@ -1,0 +1,289 @@
+"""Losses against plain loops over pixels in float64, against scikit-image, and properties that every loss must have."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from loss import LOSSES, berhu, huber, log, make_loss, silog, ssim
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def scene(batch=3, height=20, width=18, dtype=torch.float64):
+    """Truth, a prediction about 10 % off, and a mask with holes: the images have different numbers of valid pixels."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    target = 2 + 0.15 * x + 0.1 * y + 2 * (x > 11) + torch.rand(batch, 1, height, width, generator=generator)
+    pred = target * (1 + 0.1 * torch.randn(target.shape, generator=generator)) + 0.2
+    mask = torch.ones_like(target, dtype=torch.bool)
+    mask[0, :, :3, :4] = False
+    mask[1:, :, 15:, 9] = False
+    return pred.to(dtype), target.to(dtype), mask
+
+
+def whole_scene(**options):
+    pred, target, mask = scene(**options)
+    return pred, target, torch.ones_like(mask)
+
+
+def loss_and_gradient(loss, pred, target, mask):
+    pred = pred.clone().requires_grad_()
+    value = loss(pred, target, mask)
+    value.backward()
+    return value.detach(), pred.grad
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Plain loops: (B, H, W) numpy arrays -> float
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def valid_pairs(p, d, m):
+    return [(p[i], d[i]) for i in np.ndindex(p.shape) if m[i]]
+
+
+def loop_huber(p, d, m, delta=1.0):
+    errors = [abs(a - b) for a, b in valid_pairs(p, d, m)]
+    return np.mean([e * e / 2 if e <= delta else delta * e - delta * delta / 2 for e in errors])
+
+
+def loop_berhu(p, d, m):
+    errors = [abs(a - b) for a, b in valid_pairs(p, d, m)]
+    c = max(errors) / 5
+    return np.mean([e if e <= c else (e * e + c * c) / (2 * c) for e in errors])
+
+
+def loop_silog(p, d, m, lam=0.5):
+    costs = []
+    for image in range(len(p)):
+        g = [math.log(a) - math.log(b) for a, b in valid_pairs(p[image], d[image], m[image])]
+        if g:
+            costs.append(sum(x * x for x in g) / len(g) - lam * (sum(g) / len(g))**2)
+    return np.mean(costs)
+
+
+def loop_gradient(p, d, m):
+    costs = {(0, 1): [], (1, 0): []}
+    for b, y, x in np.ndindex(p.shape):
+        for (dy, dx), found in costs.items():
+            i, j = (b, y, x), (b, y + dy, x + dx)
+            if j[1] < p.shape[1] and j[2] < p.shape[2] and m[i] and m[j]:
+                found.append(abs((p[j] - p[i]) - (d[j] - d[i])))
+    return sum(np.mean(found) for found in costs.values())
+
+
+def loop_ssim(p, d, m, max_depth):
+    bell = np.exp(-(np.arange(11) - 5.0)**2 / (2 * 1.5**2))
+    weight, costs = np.outer(bell, bell) / bell.sum()**2, []
+    for b, y, x in np.ndindex(p.shape[0], p.shape[1] - 10, p.shape[2] - 10):
+        window = np.s_[b, y:y + 11, x:x + 11]
+        if m[window].all():
+            mp, md = (weight * p[window]).sum(), (weight * d[window]).sum()
+            ep, ed = p[window] - mp, d[window] - md
+            c1, c2 = (0.01 * max_depth)**2, (0.03 * max_depth)**2
+            value = (2 * mp * md + c1) * (2 * (weight * ep * ed).sum() + c2)
+            value /= (mp**2 + md**2 + c1) * ((weight * ep**2).sum() + (weight * ed**2).sum() + c2)
+            costs.append((1 - value) / 2)
+    assert costs
+    return np.mean(costs)
+
+
+def loop_l1(p, d, m):
+    return np.mean([abs(a - b) for a, b in valid_pairs(p, d, m)])
+
+
+def loop_densedepth(p, d, m, max_depth):
+    p, d = max_depth / p, max_depth / d
+    return 0.1 * loop_l1(p, d, m) + loop_gradient(p, d, m) + loop_ssim(p, d, m, 100)
+
+
+LOOPS = {
+    "l1": lambda p, d, m, _: loop_l1(p, d, m),
+    "l2": lambda p, d, m, _: np.mean([(a - b)**2 for a, b in valid_pairs(p, d, m)]),
+    "huber": lambda p, d, m, _: loop_huber(p, d, m),
+    "berhu": lambda p, d, m, _: loop_berhu(p, d, m),
+    "log": lambda p, d, m, _: math.sqrt(np.mean([(math.log(a) - math.log(b))**2 for a, b in valid_pairs(p, d, m)])),
+    "silog": lambda p, d, m, _: loop_silog(p, d, m),
+    "gradient": lambda p, d, m, _: loop_gradient(p, d, m),
+    "ssim": loop_ssim,
+    "mae+grad+ssim": lambda p, d, m, r: 0.6 * loop_l1(p, d, m) + 0.2 * loop_gradient(p, d, m) + loop_ssim(p, d, m, r),
+    "densedepth": loop_densedepth,
+}
+
+
+@every_loss
+@pytest.mark.parametrize("max_depth", [10.0, 80.0])
+def test_every_loss_equals_a_plain_loop(name, max_depth):
+    pred, target, mask = scene()
+    mask[2] = False  # an image without truth counts for nothing, not as a perfect one
+    arrays = (x[:, 0].numpy() for x in (pred, target, mask))
+    value = make_loss(name, max_depth)(pred, target, mask)
+    assert value.shape == () and value.dtype == torch.float64
+    assert value.item() == pytest.approx(LOOPS[name](*arrays, max_depth), rel=1e-9)
+
+
+def test_the_parameters_of_huber_and_silog_equal_a_plain_loop():
+    pred, target, mask = scene()
+    arrays = [x[:, 0].numpy() for x in (pred, target, mask)]
+    for delta in (0.1, 0.4):
+        assert huber(pred, target, mask, delta=delta).item() == pytest.approx(loop_huber(*arrays, delta), rel=1e-9)
+    assert silog(pred, target, mask, lam=0.85).item() == pytest.approx(loop_silog(*arrays, 0.85), rel=1e-9)
+    assert silog(1.3 * target, target, mask, lam=1.0).item() == pytest.approx(0, abs=1e-9)  # forgives a scale
+
+
+@pytest.mark.parametrize("max_depth", [10.0, 80.0])
+def test_ssim_agrees_with_scikit_image(max_depth):
+    pred, target, mask = whole_scene()
+    options = dict(data_range=max_depth, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
+    maps = [structural_similarity(p[0].numpy(), d[0].numpy(), **options)[1] for p, d in zip(pred, target)]
+    expected = np.mean([ssim_map[5:-5, 5:-5] for ssim_map in maps])  # windows that lie wholly inside
+    assert 1 - 2 * ssim(pred, target, mask, max_depth).item() == pytest.approx(expected, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The truth is best
+# ------------------------------------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "mirrored": lambda d: d.flip(-1),
+    "upside down": lambda d: d.flip(-2),
+    "shuffled": lambda d: d.flatten()[torch.randperm(d.numel(), generator=torch.Generator().manual_seed(1))].view_as(d),
+    "noisy": lambda d: d + 0.1 * torch.randn(d.shape, generator=torch.Generator().manual_seed(1)),
+    "half the contrast": lambda d: d.mean() + (d - d.mean()) / 2,
+    "twice the contrast": lambda d: d.mean() + (d - d.mean()) * 2,
+    "flat": lambda d: d.mean().expand_as(d),
+    "scaled": lambda d: 1.1 * d,
+    "0.5 m too far": lambda d: d + 0.5,
+    "0.5 m too near": lambda d: d - 0.5,
+    "zero": torch.zeros_like,
+    "negative": torch.neg,
+}
+
+
+@every_loss
+def test_the_truth_costs_nothing_and_every_damage_to_it_something(name):
+    _, target, mask = whole_scene()
+    loss = make_loss(name)
+    assert abs(loss(target, target, mask).item()) < 1e-12
+    for damage, change in DAMAGES.items():
+        cost = loss(change(target), target, mask).item()
+        if name == "gradient" and damage.startswith("0.5 m"):
+            assert abs(cost) < 1e-12  # it knows depth up to an offset only
+        else:
+            assert cost > 1e-5, damage
+
+
+def test_the_log_loss_is_not_a_difference_of_squared_logs():
+    """sqrt(log^2 d - log^2 p) makes p = 0.5 m a perfect answer for d = 2 m, and is NaN for p < d < 1."""
+    one = lambda metres: torch.full((1, 1, 1, 1), metres)
+    mask = one(1.0).bool()
+    assert log(one(0.5), one(2.0), mask).item() == pytest.approx(math.log(4))
+    assert log(one(0.3), one(0.6), mask).item() == pytest.approx(math.log(2))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Invalid pixels and difficult predictions
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@every_loss
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 0.0, -1.0, 1e30])
+def test_invalid_pixels_change_neither_loss_nor_gradient(name, junk):
+    pred, target, mask = scene(dtype=torch.float32)
+    value, slope = loss_and_gradient(make_loss(name), pred, target, mask)
+    dirty = loss_and_gradient(make_loss(name), torch.where(mask, pred, junk), torch.where(mask, target, junk), mask)
+    assert torch.equal(value, dirty[0]) and torch.equal(slope, dirty[1])
+    assert slope[~mask].eq(0).all() and slope[mask].ne(0).any()
+
+
+@every_loss
+def test_an_empty_mask_gives_zero_loss_and_zero_gradient(name):
+    pred, target, mask = scene(dtype=torch.float32)
+    for junk in (0.0, math.nan):
+        value, slope = loss_and_gradient(make_loss(name), pred, torch.full_like(target, junk), torch.zeros_like(mask))
+        assert value.item() == 0 and slope.eq(0).all()
+
+
+@every_loss
+def test_perfect_flat_zero_negative_and_huge_predictions_have_finite_loss_and_gradient(name):
+    _, target, mask = scene(dtype=torch.float32)
+    for pred in (target, torch.full_like(target, 3.0), torch.zeros_like(target), -target, 1e5 * target):
+        for truth in (target, torch.full_like(target, 3.0)):
+            value, slope = loss_and_gradient(make_loss(name), pred, truth, mask)
+            assert value.isfinite() and slope.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "gradient"])
+@pytest.mark.parametrize("answer", [0.0, -1.0])
+def test_gradient_descent_raises_a_prediction_of_zero_or_less(name, answer):
+    _, target, mask = scene(dtype=torch.float32)
+    _, slope = loss_and_gradient(make_loss(name), torch.full_like(target, answer), target, mask)
+    assert slope.sum() < 0
+
+
+@pytest.mark.parametrize("name", ["log", "silog", "densedepth"])
+def test_losses_of_logs_and_reciprocals_grow_through_zero(name):
+    _, target, mask = scene()
+    costs = [make_loss(name)(torch.full_like(target, x), target, mask).item() for x in (0.5, 0.1, 0.01, 0.001, 0.0, -1.0, -9.0)]
+    assert costs == sorted(costs) and costs[3] < costs[4] < 1.01 * costs[3]
+
+
+@every_loss
+def test_a_nan_prediction_of_a_valid_pixel_is_not_hidden(name):
+    pred, target, mask = whole_scene()
+    pred[0, 0, 9, 9] = math.nan
+    assert make_loss(name)(pred, target, mask).isnan()
+
+
+@every_loss
+def test_shapes_that_would_broadcast_are_refused(name):
+    pred, target, mask = scene()
+    with pytest.raises(ValueError, match=r"\(3, 1, 20, 18\).*\(3, 20, 18\)"):
+        make_loss(name)(pred, target[:, 0], mask)
+
+
+def test_ssim_says_that_a_map_is_too_small():
+    with pytest.raises(ValueError, match="11x11.*10x18"):
+        ssim(*scene(height=10))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Gradients and precision
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "berhu"])
+def test_gradients_agree_with_finite_differences(name):
+    pred, target, mask = scene(batch=2, height=12, width=13)
+    assert torch.autograd.gradcheck(lambda p: make_loss(name)(p, target, mask), pred.requires_grad_())
+
+
+def test_the_gradient_of_berhu_takes_its_threshold_as_a_constant():
+    pred, target, mask = scene()
+    _, slope = loss_and_gradient(berhu, pred, target, mask)
+    error = torch.where(mask, pred - target, 0)
+    c = error.abs().max() / 5
+    expected = torch.where(error.abs() <= c, error.sign(), error / c) / mask.sum()
+    torch.testing.assert_close(slope, expected)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_half_precision_prediction_is_compared_in_float32(name, dtype):
+    pred, target, mask = scene(dtype=torch.float32)
+    pred = pred.to(dtype)
+    with torch.autocast("cpu", dtype):
+        value, slope = loss_and_gradient(make_loss(name), pred, target, mask)
+    expected = loss_and_gradient(make_loss(name), pred.float(), target, mask)
+    assert value.dtype == torch.float32 and torch.equal(value, expected[0])
+    torch.testing.assert_close(slope, expected[1].to(dtype))
+
+
+def test_ssim_keeps_its_digits_on_far_walls():
+    """In float32 E[x^2] - E[x]^2 of 9 m is wrong by 1 % of the variance of 3 cm of relief, unless offsets go first."""
+    relief = torch.rand(2, 4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    pred, target = 9 + 0.05 * relief
+    mask = torch.ones_like(target, dtype=torch.bool)
+    assert ssim(pred, target, mask).item() == pytest.approx(ssim(pred.double(), target.double(), mask).item(), rel=1e-4)

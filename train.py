@@ -1,0 +1,318 @@
+"""Train a depth network: one plain loop.
+
+    python train.py --epochs 10                                  # renders rooms on first use, needs no download
+    python train.py --epochs 10 --data nyu                       # any data set that data.py knows
+    python train.py --resume runs/fastdepth-1                    # go on after Ctrl-C, bit for bit
+
+The defaults are FastDepth's recipe (Wofk et al. 2019): L1 loss, SGD with momentum 0.9 and weight decay 1e-4, batch 8.
+The learning rate follows ReduceLROnPlateau, and its start was chosen by measurement (README). Everything goes to
+--out: last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from data import GEOMETRIES, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
+from eval import evaluate, sample_sheet
+from loss import LOSSES, make_loss
+from model import MODELS, build_model, count, load_model
+
+# ------------------------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    p = argparse.ArgumentParser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    p.add_argument("--data", default="data/rooms", help="data set; the default is rendered on first use")
+    p.add_argument("--rooms", type=int, default=576, help="how many training rooms are rendered for data/rooms")
+    p.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
+    p.add_argument("--max-depth", type=float, default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
+    p.add_argument("--augment", action=argparse.BooleanOptionalAction, default=True, help="zoom, rotation, flip, colour")
+    p.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split: a smoke run")
+    p.add_argument("--workers", type=int, default=0, help="processes that read data")
+    # network
+    p.add_argument("--model", default="fastdepth", choices=list(MODELS))
+    p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
+    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
+    p.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the network's)")
+    p.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    # optimisation
+    p.add_argument("--loss", default="l1", choices=list(LOSSES))
+    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
+    p.add_argument("--lr", type=float, help="learning rate (default: 0.05 for sgd, 0.001 for adam)")
+    p.add_argument("--momentum", type=float, default=0.9)
+    p.add_argument("--weight-decay", type=float, default=1e-4)
+    p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
+                   help="plateau: x 0.3 after 3 epochs without a better RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
+    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from 0 over these")
+    p.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient")
+    # machine
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: bf16 where the processor computes it)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    p.add_argument("--seed", type=int, default=0)
+    # results
+    p.add_argument("--out", metavar="DIR", help="(default: the next free runs/MODEL-k)")
+    p.add_argument("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags; flags given here replace them")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    return p
+
+
+def parse(argv):
+    """-> flags, and the checkpoint to go on from or None."""
+    parser = make_parser()
+    args, saved = parser.parse_args(argv), None
+    if args.resume:
+        saved = load_checkpoint(Path(args.resume) / "last.pt")
+        parser.set_defaults(**saved["args"])  # as before, but for what is given now
+        args = parser.parse_args(argv)
+        args.out = args.resume
+    for name in ("epochs", "batch_size", "rooms", "limit", "lr", "max_depth", "depth_scale"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if wrong := [option for option in args.options if "=" not in option]:
+        parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
+    spec = MODELS[args.model]
+    args.size, args.geometry = tuple(args.size or spec["size"]), args.geometry or spec["geometry"]
+    if any(n % 32 or n <= 0 for n in args.size):
+        parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
+    args.lr = args.lr or {"sgd": 0.05, "adam": 1e-3}[args.optimizer]
+    if args.amp is None:
+        fast = torch.cpu.get_capabilities() if args.device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else fast.get("avx512_bf16") or fast.get("amx_bf16")
+        args.amp = "bf16" if bf16 else "none"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device}: PyTorch finds no such device here")
+    return args, saved
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the record of a run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(file, state):
+    """Write a dict of tensors and plain values whole or not at all."""
+    partial = file.with_suffix(".partial")
+    try:
+        torch.save(state, partial)
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume {file.parent}") from None
+
+
+def load_checkpoint(file):
+    """What save_checkpoint wrote, on the CPU."""
+    load_model(file)  # names the file and the cure if it is not one
+    return torch.load(file, map_location="cpu")
+
+
+def next_free(model):
+    """runs/MODEL-k with the first k that no run has."""
+    k = 1
+    while (out := Path("runs") / f"{model}-{k}").exists():
+        k += 1
+    return out
+
+
+def write_log(file, history):
+    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def draw_curves(file, history, constant):
+    """Loss, validation RMSE and d1 over the epochs; grey: the constant map."""
+    width, height, left, top = 360, 240, 50, 30
+    sheet = Image.new("RGB", (3 * width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, title) in enumerate((("loss", "training loss"), ("rmse", "validation RMSE, m"), ("d1", "validation d1"))):
+        values = [row[name] for row in history]
+        level = constant.get(name)
+        low, high = min(values + [level or values[0]]), max(values + [level or values[0]])
+        low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+
+        def at(epoch, value):
+            return (k * width + left + (width - left - 15) * epoch / max(len(values) - 1, 1),
+                    top + (height - top - 25) * (high - value) / (high - low))
+
+        for value in (low + (high - low) * i / 4 for i in range(5)):
+            draw.line([at(0, value), at(max(len(values) - 1, 1), value)], fill=(232, 232, 232))
+            draw.text((k * width + 8, at(0, value)[1] - 6), f"{value:.3f}", fill="black")
+        if level:
+            draw.line([at(0, level), at(max(len(values) - 1, 1), level)], fill="grey", width=2)
+            draw.text((at(0, level)[0] + 4, at(0, level)[1] + 2), "constant map", fill="grey")
+        points = [at(i, value) for i, value in enumerate(values)]
+        draw.line(points, fill=(182, 54, 122), width=2)
+        for x, y in points:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
+        draw.text((k * width + left, 8), f"{title}, by epoch 1 to {len(values)}", fill="black")
+    sheet.save(file)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def constant_map(dataset, max_depth, most=512):
+    """The mean depth of each pixel over at most 512 training frames, (1, 1, H, W): the best answer without looking."""
+    total = seen = 0
+    for i in torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist():
+        depth = dataset[i][1]
+        mask = valid_mask(depth, max_depth)
+        total, seen = total + torch.where(mask, depth, 0), seen + mask
+    overall = total.sum() / seen.sum().clamp(min=1)
+    return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
+
+
+def scheduled_lr(args, epoch):
+    """The learning rate at a point in time, counted in epochs with fractions; plateau only warms up here."""
+    lr = args.lr * min(1, epoch / args.warmup) if args.warmup else args.lr
+    if args.schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    return lr * 0.1 ** (int(epoch) // 5) if args.schedule == "step" else lr
+
+
+def main(argv=None):
+    """Train as the flags say; returns the validation metrics of the best epoch."""
+    args, saved = parse(argv)
+    if args.data == "data/rooms" and not have_rooms(args.data, args.rooms):
+        write_rooms(args.data, args.rooms)
+    torch.manual_seed(args.seed)
+
+    # Data
+    common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
+    train_set = open_dataset(args.data, "train", augment=args.augment, seed=args.seed, **common)
+    val_set = open_dataset(args.data, "val", **common)
+    if len(train_set) < args.batch_size:
+        raise ValueError(f"{args.data}: {len(train_set)} training pairs are less than a batch of {args.batch_size}: lower --batch-size")
+    loading = dict(batch_size=args.batch_size, num_workers=args.workers, worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
+    val_loader = torch.utils.data.DataLoader(val_set, **loading)
+    steps = len(train_set) // args.batch_size  # an incomplete last batch is left out: batch norm wants full ones
+
+    # Network, loss, optimizer
+    options = dict(option.split("=", 1) for option in args.options)
+    model = build_model(args.model, args.max_depth, **options)
+    if args.init:
+        initial, facts = load_model(args.init)
+        if facts["model"] != args.model:
+            raise ValueError(f"{args.init}: holds {facts['model']}, not {args.model}: add --model {facts['model']}")
+        model.load_state_dict(initial.state_dict())
+    size = count(model, *args.size)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    criterion = make_loss(args.loss, args.max_depth)
+    make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
+    optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=2)
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+    network = torch.compile(model) if args.compile else model
+    kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
+
+    # The state of the loop, fresh or resumed
+    history, best = [], None
+    if saved:
+        model.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        plateau.load_state_dict(saved["plateau"])
+        scaler.load_state_dict(saved["scaler"])
+        history, best = saved["history"], saved["best"]
+    out = Path(args.out) if args.out else next_free(args.model)
+    if not saved and (out / "last.pt").exists():
+        raise ValueError(f"{out}: holds a run already: go on with --resume {out}, or choose another --out")
+
+    # The plan
+    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
+    print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, {args.size[0]}x{args.size[1]} ({args.geometry})")
+    print(f"network     {args.model} {' '.join(args.options)}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
+    print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
+          f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
+    constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)
+    trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
+    print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: the mean of each pixel, without looking")
+    if args.dry_run:
+        return best
+    print(f"results     {out}")
+
+    def save(name):
+        save_checkpoint(out / name, dict(
+            model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth, weights=model.state_dict(),
+            optimizer=optimizer.state_dict(), plateau=plateau.state_dict(), scaler=scaler.state_dict(), history=history, best=best,
+            args={name: value for name, value in vars(args).items() if name not in ("out", "resume", "init", "dry_run")}))
+
+    out.mkdir(parents=True, exist_ok=True)
+    if not saved:
+        save("last.pt")  # so that there is always something to go on from, and a full disk shows now
+    print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds")
+    try:
+        for epoch in range(len(history), args.epochs):
+            # Everything random depends on the seed and the epoch alone, so that a resumed run draws what it would have.
+            torch.manual_seed(args.seed + epoch)
+            train_set.epoch = epoch
+            order = torch.Generator().manual_seed(args.seed + epoch)
+            loader = torch.utils.data.DataLoader(train_set, shuffle=True, generator=order, drop_last=True, **loading)
+            model.train()
+            total, start = 0.0, time.time()
+            for step, (image, depth, index) in enumerate(loader):
+                if args.schedule != "plateau" or epoch + step / steps < args.warmup:
+                    for group in optimizer.param_groups:
+                        group["lr"] = scheduled_lr(args, epoch + step / steps)
+                image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
+                depth = depth.to(args.device, non_blocking=True)
+                with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
+                    pred = network(image)
+                if pred.shape != depth.shape:  # compare at the network's own resolution
+                    depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")
+                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                if args.clip:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                if not math.isfinite(value := loss.item()):
+                    files = " ".join(train_set.files[i] for i in index)
+                    print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}", file=sys.stderr)
+                    raise SystemExit(1)
+                total += value
+                progress(f"epoch {epoch + 1}/{args.epochs}", (step + 1) * args.batch_size, steps * args.batch_size, start, f"  loss {value:.3f}")
+
+            model.eval()
+            result, _ = evaluate(lambda image: model(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)
+            row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], loss=total / steps, **result, seconds=time.time() - start)
+            history.append(row)
+            if args.schedule == "plateau":
+                plateau.step(row["rmse"])
+            if best is None or row["rmse"] < best["rmse"]:
+                best = row
+                save("best.pt")
+            save("last.pt")
+            print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} {row['d1']:7.4f} {row['d2']:7.4f} "
+                  f"{row['d3']:7.4f} {row['seconds']:8.1f}")
+            write_log(out / "log.csv", history)
+            draw_curves(out / "curves.png", history, trivial)
+    except KeyboardInterrupt:
+        print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {out}")
+        raise
+    sample_sheet(lambda image: model(image.to(args.device)), val_set, out / "samples.png", args.max_depth)
+    print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
+    print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {out}/best.pt --data {args.data}")
+    return best
+
+
+if __name__ == "__main__":
+    run_script(main)
