@@ -555,10 +555,10 @@ RAMP = np.array([[252, 253, 191], [254, 194, 135], [251, 135, 97], [229, 80, 100
 
 
 def colourise(depth, near, far):
-    """(H, W) metres -> (H, W, 3) uint8, from bright at `near` to dark at `far`; 0 and NaN are grey."""
+    """(H, W) metres -> (H, W, 3) uint8, from bright at `near` to dark at `far` (which may be less); 0 and NaN are grey."""
     depth = np.asarray(depth, dtype=np.float32)
     measured = np.isfinite(depth) & (depth > 0)
-    t = np.where(measured, (depth - near) / max(far - near, 1e-6), 0).clip(0, 1) * (len(RAMP) - 1)
+    t = np.where(measured, (depth - near) / (far - near or 1), 0).clip(0, 1) * (len(RAMP) - 1)
     colour = np.stack([np.interp(t, np.arange(len(RAMP)), RAMP[:, c]) for c in range(3)], -1)
     return np.where(measured[..., None], colour, 96).astype(np.uint8)
 

@@ -9,7 +9,7 @@
     loss(pred, target, (target > 0) & (target <= 80)).backward()
 
 The functions may be called directly too: huber(pred, target, mask, delta=0.5). The file needs nothing but torch, so it
-can be copied alone. In the formulas p is predicted depth, d true depth, n the number of valid pixels.
+can be copied alone. In the formulas p is predicted depth, d true depth, mean is over the valid pixels of the batch.
 """
 import math
 
@@ -21,36 +21,30 @@ import torch
 
 
 def prepare(pred, target, mask):
-    """The door: equal shapes, at least float32, and 1 m in place of every invalid pixel of both.
+    """pred and target with at least float32's precision and 1 m in place of every invalid pixel.
 
-    Replacing comes before any logarithm or division: masking their result would leave NaN in the gradient, 0 * inf.
+    The replacement comes before any logarithm or division: to mask their results would leave NaN in the gradient.
     """
     if not pred.shape == target.shape == mask.shape:  # (B, H, W) beside (B, 1, H, W) would broadcast in silence
-        raise ValueError(f"shapes differ: pred {tuple(pred.shape)}, target {tuple(target.shape)}, mask {tuple(mask.shape)}")
-    dtype = torch.promote_types(pred.dtype, torch.float32)  # bfloat16 knows depth to 2 digits only: compute in float32
+        raise ValueError(f"shapes differ: pred {[*pred.shape]}, target {[*target.shape]}, mask {[*mask.shape]}")
+    dtype = torch.promote_types(pred.dtype, torch.float32)  # autocast's bfloat16 has 2 to 3 digits
     return torch.where(mask, pred.to(dtype), 1), torch.where(mask, target.to(dtype), 1)
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x over the true pixels of mask, along dim or in all; 0, with gradient 0, where none is true."""
+    """Mean of x where mask is true, along dim or of all; 0, with gradient 0, where it is true nowhere."""
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def log_depth(depth):
-    """log(depth) from 1 mm up, as in evaluation; below it a straight line of slope 1 per metre, down to any negative depth.
-
-    A clamp alone has no gradient there, so that a pixel which answers 0 or less would stay where it is.
-    """
+    """log(depth) from 1 mm up, as in evaluation, and below a straight line of slope 1 per metre."""
     safe = depth.clamp(min=1e-3)
-    return safe.log() + (depth - safe)
+    return safe.log() + (depth - safe)  # a clamp has no gradient below 1 mm: its pixels would stay there
 
 
 def inverse_depth(depth, max_depth):
-    """max_depth / depth from max_depth / 100 up (10 cm of 10 m), so 100 ... 1; nearer a straight line of slope -1 per metre.
-
-    Not from 1 mm up: there the slope is -10^7, and one pixel near 0 would outweigh all others of the batch.
-    """
-    safe = depth.clamp(min=max_depth / 100)
+    """max_depth / depth: 1 at max_depth, 100 at a hundredth of it, and nearer a straight line of slope -1 per metre."""
+    safe = depth.clamp(min=max_depth / 100)  # at 1 mm the slope is -10^7: one such pixel would outweigh the whole batch
     return max_depth / safe - (depth - safe)
 
 
@@ -74,7 +68,7 @@ def l2(pred, target, mask):
 def huber(pred, target, mask, delta=1.0):
     """mean of e^2 / 2 where e = |p - d| <= delta, else delta (e - delta / 2), in m^2; delta in m.
 
-    A parabola that goes on as a straight line. Huber: Robust Estimation of a Location Parameter, 1964.
+    A parabola for small errors, a straight line for large ones. Huber: Robust Estimation of a Location Parameter, 1964.
     """
     pred, target = prepare(pred, target, mask)
     error = (pred - target).abs()
@@ -84,12 +78,11 @@ def huber(pred, target, mask, delta=1.0):
 def berhu(pred, target, mask):
     """mean of e where e = |p - d| <= c, else (e^2 + c^2) / (2 c), with c = 0.2 max e over the batch, in m.
 
-    Huber reversed: l1 for small errors, a parabola for large ones.
-    Laina et al.: Deeper Depth Prediction with Fully Convolutional Residual Networks, 2016.
+    Huber reversed. Laina et al.: Deeper Depth Prediction with Fully Convolutional Residual Networks, 2016.
     """
     pred, target = prepare(pred, target, mask)
     error = (pred - target).abs()  # 0 at invalid pixels, so that they never are the maximum
-    c = (0.2 * error.detach().max()).clamp(min=1e-6)  # a constant to the gradient; more than 0 for a perfect prediction
+    c = (0.2 * error.detach().max()).clamp(min=1e-6)  # 0 for a perfect prediction, and then divided by
     return masked_mean(torch.where(error <= c, error, (error**2 + c**2) / (2 * c)), mask)
 
 
@@ -100,7 +93,7 @@ def log(pred, target, mask):
     """
     pred, target = prepare(pred, target, mask)
     mean = masked_mean((log_depth(pred) - log_depth(target))**2, mask)
-    # The slope of sqrt is infinite at 0, a perfect prediction: take the root of 1 there. (A NaN is not 0 and stays NaN.)
+    # The slope of sqrt at 0, a perfect prediction, is infinite: take the root of 1 there. A NaN is not 0 and stays NaN.
     return torch.where(mean == 0, 1, mean).sqrt() * (mean != 0)
 
 
@@ -150,9 +143,9 @@ def ssim(pred, target, mask, max_depth=10.0):
 
         SSIM = (2 mp md + c1) (2 spd + c2) / ((mp^2 + md^2 + c1) (sp^2 + sd^2 + c2)), c1 = (0.01 R)^2, c2 = (0.03 R)^2
 
-    m are means, s^2 variances, spd the covariance under a Gaussian of sigma 1.5; R = max_depth. Sparse truth (LiDAR) has no
-    whole window and costs 0. Wang, Bovik, Sheikh, Simoncelli: Image Quality Assessment: From Error Visibility to
-    Structural Similarity, 2004.
+    m are means, s^2 variances, spd the covariance under a Gaussian of sigma 1.5; R = max_depth. Sparse truth (LiDAR)
+    has no whole window: it costs 0.
+    Wang et al.: Image Quality Assessment: From Error Visibility to Structural Similarity, 2004.
     """
     if min(pred.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11x11 pixels, not {pred.shape[-2]}x{pred.shape[-1]}")
@@ -180,17 +173,17 @@ def mae_grad_ssim(pred, target, mask, max_depth=10.0, weights=(0.6, 0.2, 1.0)):
     The terms of Hafeez, Madden, Sistu, Ullah: Depth Estimation Using Weighted-Loss and Transfer Learning, 2024
     (arXiv:2404.07686), with the weights of a public notebook after it.
     """
-    terms = l1(pred, target, mask), gradient(pred, target, mask), ssim(pred, target, mask, max_depth)
-    return sum(weight * term for weight, term in zip(weights, terms))
+    a, b, c = weights
+    return a * l1(pred, target, mask) + b * gradient(pred, target, mask) + c * ssim(pred, target, mask, max_depth)
 
 
 def densedepth(pred, target, mask, max_depth=10.0):
-    """0.1 l1 + gradient + ssim, of y = max_depth / depth, no unit: near depth counts most.
+    """0.1 l1 + gradient + ssim, of y = max_depth / depth, no unit: what is near counts most. SSIM's range is y's, 100.
 
     Alhashim, Wonka: High Quality Monocular Depth Estimation via Transfer Learning, 2018 (arXiv:1812.11941).
     """
-    pred, target = (inverse_depth(x, max_depth) for x in prepare(pred, target, mask))
-    return 0.1 * l1(pred, target, mask) + gradient(pred, target, mask) + ssim(pred, target, mask, 100.0)  # y is 1 ... 100
+    pred, target = (inverse_depth(depth, max_depth) for depth in prepare(pred, target, mask))
+    return 0.1 * l1(pred, target, mask) + gradient(pred, target, mask) + ssim(pred, target, mask, max_depth=100.0)
 
 
 LOSSES = {"l1": l1, "l2": l2, "huber": huber, "berhu": berhu, "log": log, "silog": silog,

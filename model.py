@@ -251,6 +251,10 @@ class NNConv5(nn.Module):
         self.decode5 = block(w4 + also[2], w5, 5)
         self.head = nn.Sequential(OrderedDict(conv=nn.Conv2d(w5, 1, 1, bias=False), bn=nn.BatchNorm2d(1), metres=output))
 
+    def offset(self):
+        """The parameter that shifts every answer."""
+        return self.head.bn.bias
+
     def join(self, x, skip):
         if self.skip == "none":
             return x
@@ -280,6 +284,10 @@ class LayerTableDecoder(nn.Module):
                 self.layers[row] = conv_bn(cin, cout, kernel, stride)
             else:
                 self.layers[row] = nn.Sequential(OrderedDict(conv=nn.Conv2d(cin, cout, kernel, stride), metres=output))
+
+    def offset(self):
+        """The parameter that shifts every answer."""
+        return self.layers["depth"].conv.bias
 
     def forward(self, maps):
         m2, m4a, m4b, m8, m16, x = maps
@@ -348,8 +356,7 @@ def initialise(model, metres):
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    last = [m for m in model.decoder.modules() if getattr(m, "bias", None) is not None][-1]
-    nn.init.constant_(last.bias, metres.start())
+    nn.init.constant_(model.decoder.offset(), metres.start())
     return model
 
 

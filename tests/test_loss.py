@@ -44,6 +44,10 @@ def valid_pairs(p, d, m):
     return [(p[i], d[i]) for i in np.ndindex(p.shape) if m[i]]
 
 
+def loop_l1(p, d, m):
+    return np.mean([abs(a - b) for a, b in valid_pairs(p, d, m)])
+
+
 def loop_huber(p, d, m, delta=1.0):
     errors = [abs(a - b) for a, b in valid_pairs(p, d, m)]
     return np.mean([e * e / 2 if e <= delta else delta * e - delta * delta / 2 for e in errors])
@@ -90,10 +94,6 @@ def loop_ssim(p, d, m, max_depth):
     return np.mean(costs)
 
 
-def loop_l1(p, d, m):
-    return np.mean([abs(a - b) for a, b in valid_pairs(p, d, m)])
-
-
 def loop_densedepth(p, d, m, max_depth):
     p, d = max_depth / p, max_depth / d
     return 0.1 * loop_l1(p, d, m) + loop_gradient(p, d, m) + loop_ssim(p, d, m, 100)
@@ -117,6 +117,7 @@ LOOPS = {
 @pytest.mark.parametrize("max_depth", [10.0, 80.0])
 def test_every_loss_equals_a_plain_loop(name, max_depth):
     pred, target, mask = scene()
+    pred[1] = 12 - pred[1]  # near and far exchanged: here the covariance is negative
     mask[2] = False  # an image without truth counts for nothing, not as a perfect one
     arrays = (x[:, 0].numpy() for x in (pred, target, mask))
     value = make_loss(name, max_depth)(pred, target, mask)
@@ -223,11 +224,12 @@ def test_gradient_descent_raises_a_prediction_of_zero_or_less(name, answer):
     assert slope.sum() < 0
 
 
-@pytest.mark.parametrize("name", ["log", "silog", "densedepth"])
-def test_losses_of_logs_and_reciprocals_grow_through_zero(name):
+@pytest.mark.parametrize("name, floor", [("log", 0.001), ("silog", 0.001), ("densedepth", 0.1)])
+def test_logs_and_reciprocals_are_steep_down_to_their_floor_and_gentle_below(name, floor):
     _, target, mask = scene()
-    costs = [make_loss(name)(torch.full_like(target, x), target, mask).item() for x in (0.5, 0.1, 0.01, 0.001, 0.0, -1.0, -9.0)]
-    assert costs == sorted(costs) and costs[3] < costs[4] < 1.01 * costs[3]
+    answers = (torch.full_like(target, x) for x in (2 * floor, floor, 0.0, -1.0))
+    above, at, zero, below = (make_loss(name)(answer, target, mask).item() for answer in answers)
+    assert 1.05 * above < at < zero < 1.01 * at and zero < below < 1.5 * at
 
 
 @every_loss
@@ -240,7 +242,7 @@ def test_a_nan_prediction_of_a_valid_pixel_is_not_hidden(name):
 @every_loss
 def test_shapes_that_would_broadcast_are_refused(name):
     pred, target, mask = scene()
-    with pytest.raises(ValueError, match=r"\(3, 1, 20, 18\).*\(3, 20, 18\)"):
+    with pytest.raises(ValueError, match=r"\[3, 1, 20, 18\].*\[3, 20, 18\]"):
         make_loss(name)(pred, target[:, 0], mask)
 
 
@@ -282,7 +284,7 @@ def test_under_autocast_a_half_precision_prediction_is_compared_in_float32(name,
 
 
 def test_ssim_keeps_its_digits_on_far_walls():
-    """In float32 E[x^2] - E[x]^2 of 9 m is wrong by 1 % of the variance of 3 cm of relief, unless offsets go first."""
+    """In float32, E[x^2] - E[x]^2 at 9 m is 6 % off the variance of 1.4 cm of relief, unless the offset goes first."""
     relief = torch.rand(2, 4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     pred, target = 9 + 0.05 * relief
     mask = torch.ones_like(target, dtype=torch.bool)
