@@ -205,9 +205,10 @@ def jitter(image, brightness, contrast, saturation):
 class DepthDataset(torch.utils.data.Dataset):
     """ds[i] -> image (3, h, w) float32 RGB in [0, 1], depth (1, h, w) float32 metres (0 = not measured), i.
 
-    augment draws as the FastDepth paper: zoom 1 to 1.5 with depth divided by it (what is nearer looks larger), rotation
-    +-5 degrees, flip, brightness, contrast and saturation 0.6 to 1.4. The draw depends on (seed, epoch, i) alone: set
-    ds.epoch before each epoch, and any number of workers gives the same pictures. size None: as stored, not augmented.
+    augment: False; "flip", a mirror image half of the time; or True, what the FastDepth paper draws: also zoom 1 to 1.5
+    with depth divided by it (what is nearer looks larger), rotation +-5 degrees, brightness, contrast and saturation 0.6 to
+    1.4. The draw depends on (seed, epoch, i) alone: set ds.epoch before each epoch, and any number of workers gives the
+    same pictures. size None: as stored, not augmented.
     """
 
     def __init__(self, layout, samples, size, geometry, augment, seed, scale):
@@ -227,19 +228,21 @@ class DepthDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image, depth = map(torch.from_numpy, self.read(index))
-        move, colour = {}, (1, 1, 1)
+        move, colour = {}, None
         if self.augment:
             key = f"{self.seed} {self.epoch} {index}".encode()
             u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
-            move = dict(zoom=1 + 0.5 * u[0], angle=10 * u[1] - 5, flip=u[2] < 0.5)
-            colour = [0.6 + 0.8 * v for v in u[3:]]
+            move = dict(flip=u[0] < 0.5)
+            if self.augment != "flip":
+                move |= dict(zoom=1 + 0.5 * u[1], angle=10 * u[2] - 5)
+                colour = [0.6 + 0.8 * v for v in u[3:]]
         if self.size is None:
             rows, cols, inside = torch.arange(depth.shape[0])[:, None], torch.arange(depth.shape[1]), torch.tensor(True)
         else:
             rows, cols, inside = sampling_grid(*depth.shape, self.size, self.geometry, **move)
         depth = torch.where(inside, depth[rows, cols] / move.get("zoom", 1), 0)
         image = image[rows, cols].permute(2, 0, 1).float() / 255 * inside
-        return jitter(image, *colour) if self.augment else image, depth[None], index
+        return jitter(image, *colour) if colour else image, depth[None], index
 
 
 def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdepth", seed=0, depth_scale=1000.0, limit=None):

@@ -1,0 +1,211 @@
+"""The ONNX file against PyTorch, in ONNX Runtime and in OpenCV, and what is said when they differ."""
+import itertools
+import json
+import logging
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import export
+from eval import load_predictor
+from model import build_model, load_model
+
+SIZE = 64, 96  # not square: exchanged height and width would show
+logging.getLogger("torch.__trace").propagate = False  # or pytest collects thousands of lines of torch.export
+
+
+def save_checkpoint(file, name="fastdepth-pruned"):
+    """A network as after training, which has batch norm to fold, in a file as train.py writes it."""
+    torch.manual_seed(0)
+    model = build_model(name)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 3.0 if layer.num_features == 1 else 0.0, 0.3)
+            layer.momentum = 0.5
+    for _ in range(7):  # running statistics follow
+        model(torch.rand(2, 3, *SIZE))
+    torch.save(dict(model=name, options={}, size=SIZE, geometry="full", max_depth=10.0, weights=model.state_dict()), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "best.pt")
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    export.main([str(checkpoint)])
+    return checkpoint.with_suffix(".onnx")
+
+
+def pictures(batch, height=SIZE[0], width=SIZE[1]):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def pytorch(checkpoint, image):
+    depth = load_model(checkpoint)[0](image).numpy()
+    assert depth.std() > 0.1 and 1 < np.median(depth) < 10  # something to compare
+    return depth
+
+
+def onnx_runtime(file, image):
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])  # bytes: nothing beside it
+    return session.run(["depth"], {"image": image.numpy()})[0]
+
+
+def opencv(file, image):
+    net = cv2.dnn.readNetFromONNX(str(file))
+    net.setInput(image.numpy(), "image")
+    return net.forward("depth")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_file_appears_and_nothing_beside_it(checkpoint, exported):
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["best.onnx", "best.pt"]
+    onnx.checker.check_model(onnx.load(exported, load_external_data=False), full_check=True)
+
+
+def test_the_file_takes_any_batch_at_the_size_of_training(exported):
+    graph = onnx.load(exported).graph
+    (image,), (depth,) = graph.input, graph.output
+    assert (image.name, depth.name) == ("image", "depth")
+    for tensor, channels in (image, 3), (depth, 1):
+        batch, *rest = tensor.type.tensor_type.shape.dim
+        assert batch.dim_param and [d.dim_value for d in rest] == [channels, *SIZE]
+        assert tensor.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_batch_norm_is_folded_and_the_head_comes_before_the_last_enlargement(exported):
+    nodes = onnx.load(exported).graph.node
+    kinds = [node.op_type for node in nodes]
+    assert "BatchNormalization" not in kinds and kinds.count("Conv") == 38  # 1 + 13 * 2 + 5 * 2 + 1
+    assert kinds.count("Resize") == 5 and kinds[-1] == "Resize" and "Conv" not in kinds[-2:]
+    assert all(attribute.s == b"nearest" for node in nodes if node.op_type == "Resize" for attribute in node.attribute if attribute.name == "mode")
+
+
+def test_the_file_says_what_it_is(exported):
+    facts = json.loads({p.key: p.value for p in onnx.load(exported).metadata_props}["fastdepth"])
+    expected = dict(model="fastdepth-pruned", size=list(SIZE), geometry="full", max_depth=10.0, unit="metres", fixed=True)
+    assert expected.items() <= facts.items()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Its numbers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [onnx_runtime, opencv])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_file_answers_as_pytorch_does(checkpoint, exported, run, batch):
+    image = pictures(batch)
+    np.testing.assert_allclose(run(exported, image), pytorch(checkpoint, image), atol=1e-4)
+
+
+def test_a_dynamic_layer_table_answers_as_pytorch_does_at_two_sizes(tmp_path):
+    checkpoint, file, photo = save_checkpoint(tmp_path / "table.pt", "fastdepth-table"), tmp_path / "free.onnx", tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(photo)
+    export.main([str(checkpoint), "--out", str(file), "--dynamic", "--images", str(photo)])
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(file).graph.node]
+    for image in pictures(1, 96, 64), pictures(3, 32, 160):
+        expected = pytorch(checkpoint, image)
+        np.testing.assert_allclose(onnx_runtime(file, image), expected, atol=3e-4)
+        if int(cv2.__version__.split(".")[0]) >= 5:  # OpenCV 4 reads no file of free height and width
+            np.testing.assert_allclose(opencv(file, image), expected, atol=3e-4)
+
+
+def test_a_static_file_refuses_another_size(exported):
+    with pytest.raises(Exception, match="(?i)dimension"):
+        onnx_runtime(exported, pictures(1, *SIZE[::-1]))
+
+
+def test_the_predictor_of_the_file_is_the_predictor_of_the_checkpoint(checkpoint, exported):
+    (ours, facts), (theirs, known), image = load_predictor(exported), load_predictor(checkpoint), pictures(2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image), theirs(image), atol=1e-4, rtol=0)
+    assert all(facts[key] == (list(value) if isinstance(value, tuple) else value) for key, value in known.items() if key != "fixed")
+    assert facts["fixed"] and not known["fixed"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The claim fails, or the user erred
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def convert_at_once(monkeypatch, exported, error=0.0):
+    """Instead of converting, which takes seconds, write the file that is there, its head off by `error` metres."""
+    network = onnx.load(exported)
+    bias = [node for node in network.graph.node if node.op_type == "Conv"][-1].input[2]
+    for tensor in network.graph.initializer:
+        if tensor.name == bias:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + np.float32(error), bias))
+    monkeypatch.setattr(export, "export_onnx", lambda model, file, *_: onnx.save(network, file))
+
+
+@pytest.mark.parametrize("error, code", [(0.0, None), (1e-4, None), (5e-3, 1), (-5e-3, 1), (np.nan, 1)])
+def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, exported, tmp_path, monkeypatch, capsys, error, code):
+    convert_at_once(monkeypatch, exported, error)
+    try:
+        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
+    except SystemExit as stop:
+        assert stop.code == code == 1
+    else:
+        assert code is None
+    out = capsys.readouterr().out
+    assert "largest difference" in out and ("do not use" in out) == (code == 1)
+
+
+def test_latencies_are_printed_in_milliseconds(checkpoint, exported, tmp_path, monkeypatch, capsys):
+    convert_at_once(monkeypatch, exported)
+    monkeypatch.setattr("time.perf_counter", itertools.count(0, 0.2).__next__)  # a clock on which everything takes 200 ms
+    export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), "--bench"])
+    table = capsys.readouterr().out
+    for lane in "PyTorch", "ONNX Runtime":
+        assert re.search(rf"^{lane} .* 200\.00 ms median .* 200\.00 ms p90 .* 5\.0 images/s", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_what_to_install(checkpoint, exported, tmp_path, monkeypatch, package):
+    if package == "onnxruntime":
+        convert_at_once(monkeypatch, exported)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"\b{package}\b.*pip install") as error:
+        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flaw", ["missing", "cut off"])
+def test_a_wrong_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint, tmp_path, flaw):
+    file = tmp_path / "best.pt"
+    if flaw == "cut off":
+        file.write_bytes(checkpoint.read_bytes()[:100_000])
+    before = list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, export.__file__, str(file)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and str(file) in done.stderr
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_wrong_flags_are_refused_before_anything_is_written(checkpoint, tmp_path):
+    out = ["--out", str(tmp_path / "best.onnx")]
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(checkpoint), *out, "--size", "60", "96"])
+    assert stop.value.code == 2
+    with pytest.raises(ValueError, match="nowhere"):
+        export.main([str(checkpoint), *out, "--images", str(tmp_path / "nowhere")])
+    assert not list(tmp_path.iterdir())

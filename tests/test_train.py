@@ -1,0 +1,440 @@
+"""Training on a miniature of the rooms: what a run writes, that it repeats and resumes bit for bit, and how it stops."""
+import csv
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import data
+import train
+from eval import evaluate
+from model import build_model, load_model
+
+ROOT = Path(train.__file__).parent
+MINIATURE = "--size 64 64 --batch-size 4 --limit 8 --model fastdepth-pruned --amp none --device cpu --lr 0.01".split()  # 2 steps an epoch
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "rooms"
+    data.write_rooms(folder, 16)
+    return folder
+
+
+@pytest.fixture
+def flags(rooms, tmp_path):
+    """Of a run into tmp_path/run."""
+    return [*MINIATURE, "--data", str(rooms), "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture(scope="session")
+def finished(rooms, tmp_path_factory):
+    """A run of two epochs: its folder and what main returned. Copy it before adding to it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, train.main([*MINIATURE, "--data", str(rooms), "--out", str(out), "--epochs", "2"])
+
+
+def copy_of(folder, place):
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def read_log(out):
+    """log.csv without the time that it took."""
+    return [{name: float(value) for name, value in row.items() if name != "seconds"} for row in csv.DictReader((out / "log.csv").open())]
+
+
+def same(a, b):
+    """Bitwise equality of checkpoints, but for times and paths."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "workers"))
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+@pytest.fixture
+def every_step():
+    """Call every_step(f) to have f(optimizer) called before each step of any optimizer."""
+    hooks = []
+    yield lambda f: hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: f(optimizer)))
+    for hook in hooks:
+        hook.remove()
+
+
+def rmse_stays(monkeypatch):
+    """Let no epoch be better than the first."""
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": 1.0}, None))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a run is
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_files_and_returns_the_metrics_of_its_best_epoch(finished):
+    out, result = finished
+    assert {file.name for file in out.iterdir()} == {"last.pt", "best.pt", "log.csv", "curves.png", "samples.png"}
+    log = read_log(out)
+    assert [row["epoch"] for row in log] == [1, 2]
+    best = min(log, key=lambda row: row["rmse"])
+    assert all(result[name] == pytest.approx(value, rel=1e-5) for name, value in best.items())
+    for picture in ("curves.png", "samples.png"):
+        assert len(np.unique(Image.open(out / picture))) > 20
+
+
+def test_a_checkpoint_is_a_dict_of_plain_values_that_torch_loads_by_default(finished):
+    saved = torch.load(finished[0] / "best.pt")  # weights_only by default: refuses everything but tensors and plain values
+    assert saved["model"] == "fastdepth-pruned" and tuple(saved["size"]) == (64, 64) and saved["geometry"] == "fastdepth"
+    assert saved["options"] == {} and saved["max_depth"] == 10
+    build_model("fastdepth-pruned").load_state_dict(saved["weights"])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, finished, tmp_path):
+    train.main([*flags, "--epochs", "2", "--workers", "2"])  # and it does not matter who reads the data
+    train.main([*flags, "--epochs", "2", "--out", str(tmp_path / "other"), "--seed", "1"])
+    first, again, other = (torch.load(out / "last.pt") for out in (finished[0], tmp_path / "run", tmp_path / "other"))
+    first.pop("args"), again.pop("args")
+    assert same(first, again) and read_log(finished[0]) == read_log(tmp_path / "run")
+    assert not same(first["weights"], other["weights"])
+
+
+def test_best_is_the_epoch_of_the_lowest_rmse_and_last_the_last(rooms, finished, tmp_path):
+    out = copy_of(finished[0], tmp_path / "run")
+    result = train.main(["--resume", str(out), "--epochs", "3", "--schedule", "none", "--lr", "30"])  # spoils the weights
+    log = read_log(out)
+    assert log[2]["rmse"] > 2 * min(log[0]["rmse"], log[1]["rmse"])
+    val = data.open_dataset(rooms, "val", (64, 64))
+    for file, row in (("best.pt", min(log, key=lambda row: row["rmse"])), ("last.pt", log[2])):
+        model, _ = load_model(out / file)
+        assert evaluate(model, torch.utils.data.DataLoader(val), 10.0)[0]["rmse"] == pytest.approx(row["rmse"], rel=1e-4)
+    assert result["epoch"] == min(log, key=lambda row: row["rmse"])["epoch"]
+
+
+def test_every_epoch_draws_a_new_order_and_new_pictures_but_the_validation_stays(flags, monkeypatch):
+    seen, read = [], data.DepthDataset.__getitem__
+
+    def spy(dataset, index):
+        image, depth, _ = sample = read(dataset, index)
+        seen.append(("train/" in dataset.files[index], dataset.augment, index, image.sum().item(), depth.sum().item()))
+        return sample
+
+    monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
+    train.main([*flags, "--epochs", "2"])
+    drawn = [key[2:] for key in seen if key[0] and key[1]]
+    orders = [[index for index, *_ in epoch] for epoch in (drawn[:8], drawn[8:])]
+    assert len(drawn) == 16 and sorted(orders[0]) == sorted(orders[1]) == list(range(8))
+    assert orders[0] != orders[1] and len(set(drawn)) == 16
+    validation = [key for key in seen if not key[0]]
+    assert not any(augment for _, augment, *_ in validation)
+    assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the constant map and two epochs
+
+
+def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, monkeypatch):
+    calls = []
+
+    def recorder(name, max_depth):
+        def loss(pred, target, mask):
+            calls.append((pred, target, mask))
+            return pred.mean()
+        assert (name, max_depth) == ("silog", 2.5)
+        return loss
+
+    monkeypatch.setattr(train, "make_loss", recorder)
+    train.main([*flags, "--epochs", "1", "--loss", "silog", "--max-depth", "2.5", "--amp", "bf16"])
+    for pred, target, mask in calls:
+        assert pred.dtype == target.dtype == torch.float32 and pred.shape == target.shape == mask.shape == (4, 1, 64, 64)
+        assert torch.equal(mask, (target > 0) & (target <= 2.5)) and mask.any() and (target > 2.5).any() and (target == 0).any()
+        assert pred.isfinite().all() and torch.equal(pred, pred.bfloat16().float())  # autocast was on
+
+
+def test_training_learns_what_can_be_learnt(tmp_path):
+    for part, n in (("train", 8), ("val", 4)):
+        (tmp_path / "grey" / part / "scene").mkdir(parents=True)
+        for i in range(n):
+            level = (i + 0.5) / n  # the brighter, the farther
+            with h5py.File(tmp_path / "grey" / part / "scene" / f"{i}.h5", "w") as h5:
+                h5["rgb"] = np.full((3, 64, 64), 255 * level, np.uint8)
+                h5["depth"] = np.full((64, 64), 1 + 5 * level, np.float32)
+    result = train.main([*MINIATURE, "--data", str(tmp_path / "grey"), "--out", str(tmp_path / "run"), "--epochs", "12", "--no-augment",
+                         "--schedule", "none", "--optimizer", "adam"])
+    loss = [row["loss"] for row in read_log(tmp_path / "run")]
+    assert loss[-1] < 0.5 * loss[0]
+    assert result["rmse"] < 0.7 * 1.398  # what the mean depth scores: sqrt of the mean of (1.875, 0.625, ...)^2
+
+
+def test_init_starts_from_the_weights_of_another_run(flags, finished, tmp_path):
+    train.main([*flags, "--epochs", "1", "--init", str(finished[0] / "best.pt"), "--lr", "1e-12"])
+    before, after = (torch.load(file)["weights"] for file in (finished[0] / "best.pt", tmp_path / "run" / "last.pt"))
+    assert all(torch.allclose(before[name], after[name]) for name in before if "running" not in name and "num_batches" not in name)
+
+
+def test_the_constant_map_is_the_mean_of_each_measured_pixel():
+    depth = np.random.default_rng(0).uniform(0, 6, (7, 5, 4))
+    depth[depth < 2] = 0
+    depth[:, 1, 2] = 0  # never measured: the mean of all others stands there
+    valid = (depth > 0) & (depth <= 5)
+    expected = np.full((5, 4), depth[valid].mean())
+    for y, x in np.ndindex(5, 4):
+        if valid[:, y, x].any():
+            expected[y, x] = depth[:, y, x][valid[:, y, x]].mean()
+    samples = [(None, torch.tensor(d, dtype=torch.float32)[None], i) for i, d in enumerate(depth)]
+    constant = train.constant_map(samples, 5.0)
+    assert constant.shape == (1, 1, 5, 4)
+    np.testing.assert_allclose(constant[0, 0], np.average(depth, 0, valid) if valid.any(0).all() else expected, rtol=1e-5)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*MINIATURE, "--data", str(rooms), "--dry-run"])
+    plan = capsys.readouterr().out
+    assert all(word in plan for word in ("cpu", "fastdepth-pruned", "1,360,786", "8 train", "2 steps of 4", "rmse"))
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The learning rate and the gradient
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("none", lambda t: 0.01),
+    ("step", lambda t: 0.01 if t < 5 else 0.001),
+    ("cosine", lambda t: 0.005 + 0.005 * math.cos(math.pi * t / 6)),
+    ("none --warmup 1.5", lambda t: 0.01 * t / 1.5 if t < 1.5 else 0.01),
+    ("plateau --warmup 2", lambda t: 0.01 * t / 2 if t < 2 else 0.01),
+    ("cosine --warmup 1", lambda t: min(t, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 6))),
+])
+def test_the_learning_rate_follows_its_formula_at_every_step(schedule, expected, flags, every_step):
+    rates = []
+    every_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    train.main([*flags, "--epochs", "6", "--size", "32", "32", "--schedule", *schedule.split()])
+    assert rates == pytest.approx([expected(step / 2) for step in range(12)], abs=1e-9)
+
+
+def test_plateau_lowers_the_rate_when_patience_is_exceeded(flags, tmp_path, monkeypatch):
+    rmse_stays(monkeypatch)
+    train.main([*flags, "--epochs", "8", "--size", "32", "32"])
+    assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(4 * [0.01] + 3 * [0.003] + [0.0009])
+
+
+def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
+    norms = []
+    every_step(lambda optimizer: norms.append(sum(p.grad.square().sum() for g in optimizer.param_groups for p in g["params"]).sqrt().item()))
+    train.main([*flags, "--epochs", "1"])
+    train.main([*flags, "--epochs", "1", "--out", flags[-1] + "-clipped", "--clip", "0.01"])
+    assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at, more", [
+    (2, "--optimizer sgd --schedule plateau"),  # in the first epoch
+    (8, "--optimizer sgd --schedule plateau"),  # in the fourth: the rate falls after it
+    (5, "--optimizer adam --schedule cosine --warmup 2.5 --workers 2"),
+])
+def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
+    rmse_stays(monkeypatch)
+    whole = [*flags, "--epochs", "5", *more.split()]
+    train.main([*whole, "--out", str(tmp_path / "whole")])
+    steps = []
+
+    def interrupt(optimizer):
+        steps.append(optimizer)
+        if len(steps) == stop_at:
+            raise KeyboardInterrupt
+
+    every_step(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(whole)
+    assert len(torch.load(tmp_path / "run" / "last.pt")["history"]) == (stop_at - 1) // 2  # whole epochs only
+    train.main(["--resume", str(tmp_path / "run")])
+    assert same(torch.load(tmp_path / "whole" / "last.pt"), torch.load(tmp_path / "run" / "last.pt"))
+    assert same(torch.load(tmp_path / "whole" / "best.pt")["weights"], torch.load(tmp_path / "run" / "best.pt")["weights"])
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
+
+
+def test_flags_given_on_resume_replace_those_of_the_run(finished, tmp_path, every_step):
+    out, groups = copy_of(finished[0], tmp_path / "run"), []
+    every_step(lambda optimizer: groups.append(dict(optimizer.param_groups[0])))
+    train.main(["--resume", str(out), "--epochs", "3", "--lr", "0.004", "--weight-decay", "0.02"])
+    assert len(read_log(out)) == 3
+    assert {(g["lr"], g["weight_decay"], g["momentum"]) for g in groups} == {(0.004, 0.02, 0.9)}
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    out = copy_of(finished[0], tmp_path / "run")
+    before = contents(out)
+    assert train.main(["--resume", str(out)]) == pytest.approx(finished[1])
+    assert contents(out) == before
+
+
+def test_ctrl_c_keeps_the_last_epoch_and_prints_the_command_that_goes_on(flags, tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags, "--epochs", "1000"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = iter(process.stdout.readline, "")
+    assert any(line.split()[:1] == ["1"] for line in lines)  # the first epoch is done
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    epochs = len(torch.load(tmp_path / "run" / "last.pt")["history"])
+    words = shlex.split(out.rpartition("python train.py ")[2])
+    train.main([*words, "--epochs", str(epochs + 1)])
+    assert len(read_log(tmp_path / "run")) == epochs + 1
+    assert not list((tmp_path / "run").glob("*partial*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
+def test_ctrl_c_while_workers_start_is_as_quiet_as_at_any_other_time(flags, tmp_path):
+    # A terminal sends Ctrl-C to the whole group: here it comes to the third worker and to its parent, right after the fork.
+    script = ("import os, signal, train; from data import run_script; fork, n = os.fork, 0\n"
+              "def forked():\n    global n\n    n, pid = n + 1, fork()\n    if n == 3: signal.raise_signal(signal.SIGINT)\n    return pid\n"
+              "os.fork = forked; run_script(train.main)")
+    result = subprocess.run([sys.executable, "-c", script, *flags, "--workers", "2", "--epochs", "2"], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert (result.returncode, result.stderr) == (130, "")
+    assert f"--resume {tmp_path / 'run'}" in result.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(finished, tmp_path, capsys):
+    out = copy_of(finished[0], tmp_path / "run")
+    before = contents(out)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(out), "--epochs", "3", "--schedule", "none", "--lr", "1e30"])  # the second step is NaN
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "epoch 3" in message and "step 2" in message
+    files = {word for word in message.split() if word.endswith(".h5")}
+    assert len(files) == 4 and all(Path(file).is_file() and "/train/" in file for file in files)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("error, becomes", [(RuntimeError("PytorchStreamWriter failed writing file"), ValueError),
+                                            (OSError(28, "No space left on device"), ValueError),
+                                            (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(error, becomes, finished, tmp_path, monkeypatch):
+    out = copy_of(finished[0], tmp_path / "run")
+    before = contents(out)
+
+    def half(state, file):
+        Path(file).write_bytes(before[out / "last.pt"][:1000])
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(becomes) as caught:
+        train.main(["--resume", str(out), "--epochs", "3"])
+    assert becomes is KeyboardInterrupt or str(out) in str(caught.value)
+    assert contents(out) == before
+
+
+def test_a_run_never_overwrites_another(rooms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started, once = [*MINIATURE, "--data", str(rooms), "--epochs", "1"], [True]
+
+    def another_starts_meanwhile(*a, **k):
+        if once and once.pop():
+            train.main(started)
+        return evaluate(*a, **k)
+
+    monkeypatch.setattr(train, "evaluate", another_starts_meanwhile)
+    train.main(started)
+    train.main(started)
+    runs = [tmp_path / "runs" / f"fastdepth-pruned-{k}" for k in (1, 2, 3)]
+    assert sorted((tmp_path / "runs").iterdir()) == runs and all((out / "samples.png").exists() for out in runs)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="--resume"):
+        train.main([*started, "--out", str(runs[0])])
+    assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What bad input gets
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def refused(argv, monkeypatch, capfd):
+    """The one line with which the command refuses argv."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(train.main)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith("train.py: error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ("--lr -1", "-1"),
+    ("--lr fast", "fast"),
+    ("--epochs 0", "--epochs"),
+    ("--batch-size 0", "--batch-size"),
+    ("--batch-size 9", "9"),
+    ("--clip -1", "--clip"),
+    ("--warmup -1 --schedule none", "--warmup"),
+    ("--workers -1", "workers"),
+    ("--size 100 100", "100"),
+    ("--size 0 64", "--size"),
+    ("--model fastdeep", "fastdeep"),
+    ("--options skip", "skip"),
+    ("--options skip=never", "never"),
+    ("--options sky=none", "sky"),
+    ("--loss l3", "l3"),
+    ("--device tpu9", "tpu9"),
+    ("--data NOWHERE", "NOWHERE"),
+    ("--init NOWHERE.pt", "NOWHERE.pt"),
+    ("--resume NOWHERE", "NOWHERE"),
+    ("--max-depth 0.001", "--max-depth"),  # nothing is valid
+])
+def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused([*flags, *wrong.split()], monkeypatch, capfd)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat", "--optimizer adam"])
+def test_resume_refuses_to_become_another_network_or_optimizer(more, finished, tmp_path, monkeypatch, capfd):
+    out = copy_of(finished[0], tmp_path / "run")
+    before = contents(out)
+    refused(["--resume", str(out), "--epochs", "3", *more.split()], monkeypatch, capfd)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat"])
+def test_init_refuses_the_weights_of_another_network(more, flags, finished, monkeypatch, capfd):
+    assert "best.pt" in refused([*flags, "--init", str(finished[0] / "best.pt"), *more.split()], monkeypatch, capfd)
+
+
+def test_resume_refuses_a_folder_without_a_run_and_a_checkpoint_cut_off(finished, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    out.mkdir()
+    assert str(out) in refused(["--resume", str(out)], monkeypatch, capfd)
+    (out / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:100_000])
+    assert str(out / "last.pt") in refused(["--resume", str(out)], monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_unreadable_sample_stops_the_run_and_is_named(workers, flags, rooms, tmp_path, monkeypatch, capfd):
+    bad = copy_of(rooms / "val" / "rooms", tmp_path / "val") / "00001.h5"
+    bad.write_bytes(bad.read_bytes()[:5000])
+    (tmp_path / "own" / "val").mkdir(parents=True)
+    (tmp_path / "val").rename(tmp_path / "own" / "val" / "rooms")
+    (tmp_path / "own" / "train").symlink_to(rooms / "train")
+    line = refused([*flags, "--data", str(tmp_path / "own"), "--workers", str(workers)], monkeypatch, capfd)
+    assert "own/val/rooms/00001.h5" in line
