@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -83,23 +84,33 @@ def read_image(file):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def place_of(path, root):
+    """The part (train, val, test or None) and the scene that a folder's path below root names."""
+    where = path.relative_to(root).parts
+    part = where[0] if where and where[0] in ("train", "val", "test") else None
+    return part, "/".join(where[1:] if part else where)
+
+
 def find_hdf5(root):
     """{train,val}/<scene>/*.h5 (FastDepth, sparse-to-dense, rooms) -> [(part, scene, source, name)]."""
-    files = sorted(p for part in ("train", "val") for p in (root / part).glob("**/*.h5"))
-    official = (root / "val" / "official").is_dir()  # NYU's 654 official test frames: never to choose a model on
-    return [("test" if official and p.relative_to(root).parts[0] == "val" else p.relative_to(root).parts[0],
-             p.parent.relative_to(root).as_posix(), p, str(p)) for p in files]
+    files = sorted(p for part in ("train", "val", "test") for p in (root / part).glob("**/*.h5"))
+    samples = [(*place_of(p.parent, root), p, str(p)) for p in files]
+    # NYU's 654 official test frames: choosing a model on them would be tuning on the test set
+    return [("test", *s[1:]) if s[:2] == ("val", "official") else s for s in samples]
 
 
 def read_hdf5(file, scale):
     """rgb (3, H, W) uint8 and depth (H, W) float metres."""
     try:
         with h5py.File(file) as h5:
-            return h5["rgb"][:].transpose(1, 2, 0), to_metres(h5["depth"][:], scale, file)
+            image, depth = h5["rgb"][:], h5["depth"][:]
     except KeyError:
         raise ValueError(f"{file}: has no dataset 'rgb' or 'depth': not a FastDepth HDF5 file") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read as HDF5 ({error}): replace or remove it") from None
+    if image.ndim != 3 or len(image) != 3 or image.dtype != np.uint8:
+        raise ValueError(f"{file}: rgb must be (3, H, W) uint8, this is {image.shape} {image.dtype}")
+    return image.transpose(1, 2, 0), to_metres(depth, scale, file)
 
 
 IMAGE_FOLDERS, PICTURES, DEPTHS = ("rgb", "image", "color"), (".jpg", ".jpeg", ".png"), (".png", ".npy", ".npz")
@@ -108,7 +119,7 @@ IMAGE_FOLDERS, PICTURES, DEPTHS = ("rgb", "image", "color"), (".jpg", ".jpeg", "
 def find_pairs(root):
     """Folders rgb | image | color beside depth, at any level, or NAME_image beside NAME_depth -> [(part, scene, source, name)].
 
-    The scene of a frame is the third column of scenes.csv, else the folder that holds the pair of folders.
+    The scene of a frame is what the rows `frame,scene` of scenes.csv say, else the folder that holds the pair of folders.
     """
     scenes = {}
     if (root / "scenes.csv").is_file():
@@ -117,14 +128,14 @@ def find_pairs(root):
     samples = []
     for folder, _, names in sorted(os.walk(root)):
         folder = Path(folder)
+        part, scene = place_of(folder, root)
         for colour in (folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir() and (folder / "depth").is_dir()):
             depths = {p.stem: p for p in sorted((folder / "depth").iterdir()) if p.suffix in DEPTHS}
             pairs = [(p.stem, p, depths[p.stem]) for p in sorted(colour.iterdir()) if p.suffix in PICTURES and p.stem in depths]
-            where = folder.relative_to(root).as_posix()
-            samples += [(None, scenes.get(stem, where), (image, depth), str(image)) for stem, image, depth in pairs]
+            samples += [(part, scenes.get(stem, scene), (image, depth), str(image)) for stem, image, depth in pairs]
         for image in (folder / name for name in sorted(names) if Path(name).stem.endswith("_image")):
             depths = [image.with_name(image.stem[:-5] + "depth" + suffix) for suffix in DEPTHS]
-            samples += [(None, folder.relative_to(root).as_posix(), (image, d), str(image)) for d in depths if d.is_file()]
+            samples += [(part, scene, (image, d), str(image)) for d in depths if d.is_file()]
     return samples
 
 
@@ -138,7 +149,7 @@ def read_pair(source, scale):
         else:
             raw = np.load(depth_file)
             raw = raw[raw.files[0]] if depth_file.suffix == ".npz" else raw
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{depth_file}: cannot be read as depth ({error}): replace or remove it") from None
     return read_image(image_file), to_metres(raw, scale, depth_file)
 
@@ -159,8 +170,14 @@ GEOMETRIES = ("fastdepth", "full")
 
 
 def nearest(n_in, n_out):
-    """The input pixel under the centre of each output pixel, as PIL's NEAREST and torch's "nearest-exact" choose it."""
-    return ((torch.arange(n_out) + 0.5) * n_in / n_out).long()
+    """The input pixel under the centre of each output pixel, as PIL's NEAREST chooses it.
+
+    torch's "nearest-exact" is the same but where a centre lies on the border of two pixels (4 of the 250 rows of a 480-row
+    frame): there PIL's rounding decides, since it adds up steps.
+    """
+    steps = torch.full((n_out,), n_in / n_out, dtype=torch.float64)
+    steps[0] /= 2
+    return steps.cumsum(0).long()
 
 
 def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0, flip=False):
@@ -182,8 +199,8 @@ def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0
     source_cols = nearest(box_w, grid_w) + (width - box_w) // 2
     top, left = round((grid_h - crop_h) / 2), round((grid_w - crop_w) / 2)
 
-    y = ((torch.arange(size[0]) + 0.5) * crop_h / size[0] - crop_h / 2)[:, None]  # grid pixels from the centre of the crop
-    x = ((torch.arange(size[1]) + 0.5) * crop_w / size[1] - crop_w / 2)[None, :]
+    y = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * crop_h / size[0] - crop_h / 2)[:, None]  # grid pixels from the centre of the crop
+    x = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * crop_w / size[1] - crop_w / 2)[None, :]
     x = -x if flip else x
     cos, sin = math.cos(math.radians(angle)) / zoom, math.sin(math.radians(angle)) / zoom
     rows = (sin * x + cos * y + top + crop_h / 2).floor().long()
@@ -229,7 +246,7 @@ class DepthDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image, depth = map(torch.from_numpy, self.read(index))
         move, colour = {}, None
-        if self.augment:
+        if self.augment and self.size:
             key = f"{self.seed} {self.epoch} {index}".encode()
             u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
             move = dict(flip=u[0] < 0.5)
@@ -274,7 +291,8 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
         held = ", ".join(f"{parts.count(p)} {p}" for p in ("train", "val", "test") if p in parts)
         raise ValueError(f"{root}: its {split} split is empty ({layout}: {held}): choose another split")
     if limit:
-        chosen = chosen[::max(1, len(chosen) // limit)][:limit]
+        n = min(limit, len(chosen))
+        chosen = [chosen[i * len(chosen) // n] for i in range(n)]
     return DepthDataset(layout, chosen, size, geometry, augment, seed, depth_scale)
 
 
@@ -409,7 +427,7 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     up = torch.linalg.cross(ahead, side)
     side, up = (side * s["roll"].cos()[:, None] + up * s["roll"].sin()[:, None], up * s["roll"].cos()[:, None] - side * s["roll"].sin()[:, None])
     axes = torch.stack([side, up, ahead], -1)  # (B, 3, 3), columns: the camera's axes in the world
-    rays, eye = axes @ cam, s["eye"][:, :, None]  # (B, 3, N), (B, 3, 1)
+    rays, eye = sum(axes[:, :, k, None] * cam[k] for k in range(3)), s["eye"][:, :, None]  # (B, 3, N), (B, 3, 1)
 
     # Only boxes that the camera may see are traced: a corner in front of it and inside the widest angle, the camera not within 0.3 m.
     lo, hi = s["boxes"][..., :3].transpose(1, 2), s["boxes"][..., 3:].transpose(1, 2)  # (B, 3, K)

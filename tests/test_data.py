@@ -591,14 +591,16 @@ def test_brightness_contrast_and_saturation_are_drawn_from_0_6_to_1_4(draws):
     dark, light, red = TONES / 255
     luma = (TONES / 255 @ [0.299, 0.587, 0.114]).mean()
     found = []
-    for image, _, rows, cols, _ in (view for view in views if view[1].all()):
+    for image, _, rows, cols, zoom in (view for view in views if view[1].all()):
         seen = [image[:, tones[rows, cols] == tone].mean(1) for tone in range(3)]
         gain = (seen[1][0] - seen[0][0]) / (light[0] - dark[0])  # brightness x contrast
         brightness = (seen[0][0] - gain * dark[0]) / luma + gain
-        found.append([brightness, gain / brightness, (seen[2][0] - seen[2][1]) / (red[0] - red[1]) / gain])
-    for factor in np.array(found).T:
+        saturation = (seen[2][0] - seen[2][1]) / (red[0] - red[1]) / gain
+        found.append([brightness, gain / brightness, saturation, zoom, cols[0, 0] < cols[0, -1]])
+    found = np.array(found).T
+    for factor in found[:3]:
         assert 0.58 < factor.min() < 0.65 and 1.35 < factor.max() < 1.42
-    assert np.abs(np.corrcoef(np.array(found).T) - np.eye(3)).max() < 0.4  # three draws, not one
+    assert np.abs(np.corrcoef(found) - np.eye(5)).max() < 0.4  # each is a draw of its own, also from zoom and flip
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -170,6 +170,23 @@ def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, 
     assert "largest difference" in out and ("do not use" in out) == (code == 1)
 
 
+def test_the_comparison_is_on_real_pictures(checkpoint, exported, tmp_path, monkeypatch):
+    convert_at_once(monkeypatch, exported)
+    photo, seen = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8), []
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+
+    def spying(file):
+        predict, facts = load_predictor(file)
+        return lambda image: predict(seen.append(image) or image), facts
+
+    monkeypatch.setattr(export, "load_predictor", spying)
+    for source in [], ["--images", str(tmp_path / "photo.png")]:
+        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), *source])
+    rooms, mine = seen[0], seen[-1]
+    assert rooms.shape[1:] == (3, *SIZE) and len(rooms) > 1 and rooms.min() >= 0 and 0.5 < rooms.max() <= 1 and rooms.std() > 0.05
+    np.testing.assert_array_equal((mine[0] * 255).round().byte().permute(1, 2, 0), photo)
+
+
 def test_latencies_are_printed_in_milliseconds(checkpoint, exported, tmp_path, monkeypatch, capsys):
     convert_at_once(monkeypatch, exported)
     monkeypatch.setattr("time.perf_counter", itertools.count(0, 0.2).__next__)  # a clock on which everything takes 200 ms
@@ -208,4 +225,15 @@ def test_wrong_flags_are_refused_before_anything_is_written(checkpoint, tmp_path
     assert stop.value.code == 2
     with pytest.raises(ValueError, match="nowhere"):
         export.main([str(checkpoint), *out, "--images", str(tmp_path / "nowhere")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def half(network, file):
+        file.write_bytes(network.SerializeToString()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save", half)
+    with pytest.raises((OSError, ValueError), match="No space left"):
+        export.export_onnx(nn.Conv2d(3, 1, 1), tmp_path / "best.onnx", SIZE, {})
     assert not list(tmp_path.iterdir())
