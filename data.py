@@ -602,6 +602,13 @@ def to_picture(image):
     return (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all others (run_script)."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def run_script(main):
     """Exit codes of every script: 0 done, 1 a claim failed, 2 the user's mistake in one line, 130 Ctrl-C."""
     try:
@@ -615,7 +622,7 @@ def run_script(main):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look at a data set, or render rooms.")
+    parser = Parser(description="Look at a data set, or render rooms.")
     parser.add_argument("path", nargs="?", help="a data set of any known layout")
     parser.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
     parser.add_argument("--rooms", type=int, metavar="N", help="render N training and N/8 validation rooms into --out")

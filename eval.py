@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (FOCAL, GEOMETRIES, PICTURES, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
+from data import (FOCAL, GEOMETRIES, PICTURES, Parser, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
                   sampling_grid, tile, to_picture, valid_mask)
 from model import MODELS, load_model
 
@@ -253,7 +253,7 @@ def predict_pictures(predict, facts, files, out, size=None, geometry="full", foc
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate a network on a data set, or predict the depth of pictures.")
+    parser = Parser(description="Evaluate a network on a data set, or predict the depth of pictures.")
     parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")

@@ -7,7 +7,6 @@ batch, and the height and width of training unless --size or --dynamic say other
 convolutions. The file's metadata entry `fastdepth` says network, size, geometry, range and unit as JSON.
 Exit code 1 when ONNX Runtime's numbers are not PyTorch's.
 """
-import argparse
 import copy
 import json
 import logging
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import open_dataset, read_image, run_script
+from data import Parser, open_dataset, read_image, render, run_script
 from eval import find_pictures, load_predictor, shown
 from model import MODELS, count, load_model
 
@@ -70,7 +69,6 @@ def real_input(args, size, geometry):
     if args.data:
         dataset = open_dataset(args.data, "val", size, geometry=geometry)
         return torch.stack([dataset[i][0] for i in range(min(8, len(dataset)))])
-    from data import render
     return shown(size, geometry)(render(range(4))[0]).float() / 255
 
 
@@ -87,7 +85,7 @@ def timed(run, seconds=2.0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Export a checkpoint to ONNX and check the file.")
+    parser = Parser(description="Export a checkpoint to ONNX and check the file.")
     parser.add_argument("model", help="a .pt file of train.py")
     parser.add_argument("--out", help="(default: the same name with .onnx)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of training)")

@@ -9,6 +9,7 @@ The learning rate follows ReduceLROnPlateau, and its start was chosen by measure
 --out: last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
 """
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import GEOMETRIES, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
+from data import GEOMETRIES, Parser, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
 from model import MODELS, build_model, count, load_model
@@ -30,7 +31,7 @@ from model import MODELS, build_model, count, load_model
 
 
 def make_parser():
-    p = argparse.ArgumentParser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
     p.add_argument("--data", default="data/rooms", help="data set; the default is rendered on first use")
     p.add_argument("--rooms", type=int, default=768, help="how many training rooms are rendered for data/rooms")
@@ -74,13 +75,19 @@ def parse(argv):
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume:
-        saved = load_checkpoint(Path(args.resume) / "last.pt")
+        file = Path(args.resume) / "last.pt"
+        saved = load_checkpoint(file)
         parser.set_defaults(**saved["args"])  # as before, but for what is given now
         args = parser.parse_args(argv)
         args.out = args.resume
-    for name in ("epochs", "batch_size", "rooms", "limit", "lr", "max_depth", "depth_scale"):
+        for name in ("model", "options", "optimizer"):
+            if getattr(args, name) != saved["args"][name]:
+                raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
+    for name in ("epochs", "batch_size", "rooms", "limit", "lr", "clip", "max_depth", "depth_scale"):
         if (value := getattr(args, name)) is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if args.warmup < 0:
+        parser.error(f"--warmup must not be below 0, got {args.warmup}")
     if wrong := [option for option in args.options if "=" not in option]:
         parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
     spec = MODELS[args.model]
@@ -111,8 +118,9 @@ def save_checkpoint(file, state):
         torch.save(state, partial)
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume {file.parent}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(file):
@@ -121,12 +129,14 @@ def load_checkpoint(file):
     return torch.load(file, map_location="cpu")
 
 
-def next_free(model):
-    """runs/MODEL-k with the first k that no run has."""
-    k = 1
-    while (out := Path("runs") / f"{model}-{k}").exists():
-        k += 1
-    return out
+def claim_folder(model):
+    """Make and return runs/MODEL-k with the first k that no run has, not even one that starts at this moment."""
+    for k in itertools.count(1):
+        try:
+            (out := Path("runs") / f"{model}-{k}").mkdir(parents=True)
+            return out
+        except FileExistsError:
+            pass
 
 
 def write_log(file, history):
@@ -179,12 +189,14 @@ def constant_map(dataset, max_depth, most=512):
     return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
 
 
-def scheduled_lr(args, epoch):
-    """The learning rate at a point in time, counted in epochs with fractions; plateau only warms up here."""
-    lr = args.lr * min(1, epoch / args.warmup) if args.warmup else args.lr
+def scheduled_lr(args, rate, epoch):
+    """The learning rate at a point in time, counted in epochs with fractions. rate: where plateau has brought it."""
+    factor = min(1, epoch / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-    return lr * 0.1 ** (int(epoch) // 5) if args.schedule == "step" else lr
+        factor *= (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    elif args.schedule == "step":
+        factor *= 0.1 ** (int(epoch) // 5)
+    return rate * factor
 
 
 def main(argv=None):
@@ -210,8 +222,9 @@ def main(argv=None):
     model = build_model(args.model, args.max_depth, **options)
     if args.init:
         initial, facts = load_model(args.init)
-        if facts["model"] != args.model:
-            raise ValueError(f"{args.init}: holds {facts['model']}, not {args.model}: add --model {facts['model']}")
+        if (facts["model"], facts["options"]) != (args.model, options):
+            flags = " ".join([f"--model {facts['model']}"] + ["--options"] * bool(facts["options"]) + [f"{k}={v}" for k, v in facts["options"].items()])
+            raise ValueError(f"{args.init}: holds another network: use {flags}")
         model.load_state_dict(initial.state_dict())
     size = count(model, *args.size)
     model = model.to(args.device, memory_format=torch.channels_last)
@@ -225,16 +238,21 @@ def main(argv=None):
     kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
 
     # The state of the loop, fresh or resumed
-    history, best = [], None
+    history, best, rate = [], None, args.lr
     if saved:
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         plateau.load_state_dict(saved["plateau"])
         scaler.load_state_dict(saved["scaler"])
         history, best = saved["history"], saved["best"]
-    out = Path(args.out) if args.out else next_free(args.model)
-    if not saved and (out / "last.pt").exists():
-        raise ValueError(f"{out}: holds a run already: go on with --resume {out}, or choose another --out")
+        if args.schedule == "plateau" and args.lr == saved["args"]["lr"]:
+            rate = optimizer.param_groups[0]["lr"]
+        for group in optimizer.param_groups:  # flags that may have been given anew
+            group["weight_decay"] = args.weight_decay
+            if args.optimizer == "sgd":
+                group["momentum"] = args.momentum
+    elif args.out and (Path(args.out) / "last.pt").exists():
+        raise ValueError(f"{args.out}: holds a run already: go on with --resume {args.out}, or choose another --out")
 
     # The plan
     print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
@@ -245,8 +263,9 @@ def main(argv=None):
     constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: the mean of each pixel, without looking")
-    if args.dry_run:
+    if args.dry_run or len(history) >= args.epochs:
         return best
+    out = Path(args.out) if args.out else claim_folder(args.model)
     print(f"results     {out}")
 
     def save(name):
@@ -269,9 +288,8 @@ def main(argv=None):
             model.train()
             total, start = 0.0, time.time()
             for step, (image, depth, index) in enumerate(loader):
-                if args.schedule != "plateau" or epoch + step / steps < args.warmup:
-                    for group in optimizer.param_groups:
-                        group["lr"] = scheduled_lr(args, epoch + step / steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = scheduled_lr(args, rate, epoch + step / steps)
                 image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
                 depth = depth.to(args.device, non_blocking=True)
                 with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
@@ -298,7 +316,10 @@ def main(argv=None):
             row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], loss=total / steps, **result, seconds=time.time() - start)
             history.append(row)
             if args.schedule == "plateau":
+                for group in optimizer.param_groups:
+                    group["lr"] = rate  # without the warm-up
                 plateau.step(row["rmse"])
+                rate = optimizer.param_groups[0]["lr"]
             if best is None or row["rmse"] < best["rmse"]:
                 best = row
                 save("best.pt")
