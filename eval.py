@@ -227,9 +227,13 @@ def find_pictures(paths):
 @torch.no_grad()
 def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
     """Write for each picture NAME.png (16-bit millimetres), NAME.npy (float32 metres) and NAME_colour.png, at the picture's size."""
-    stems = [f.stem for f in files]
-    if len(set(stems)) < len(stems):
-        raise ValueError(f"{max(stems, key=stems.count)}: two pictures of this name would overwrite each other: predict them into two folders")
+    taken = {file.resolve() for file in files}
+    for file in files:
+        for suffix in (".png", ".npy", "_colour.png") + (".ply",) * ply:
+            target = (out / (file.stem + suffix)).resolve()
+            if target in taken:
+                raise ValueError(f"{file}: its result {out / (file.stem + suffix)} would overwrite another file: choose another --out, or name it otherwise")
+            taken.add(target)
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         picture = read_image(file)
@@ -277,8 +281,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give --data to evaluate, or --images to predict")
-    predict, facts = load_predictor(args.model, args.device)
     size = tuple(args.size) if args.size else None
+    if size and any(n % 32 or n <= 0 for n in size):
+        parser.error(f"--size must be multiples of 32, got {size[0]} {size[1]}")
+    if args.focal is not None and not args.focal > 0:
+        parser.error(f"--focal must be above 0, got {args.focal}")
+    predict, facts = load_predictor(args.model, args.device)
     if args.images:
         return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
                                 args.geometry or "full", args.focal, args.ply)

@@ -60,7 +60,7 @@ class DepthwiseOnCPU(torch.autograd.Function):
             return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), channels, wanted)
 
         # x: in bfloat16 the kernel for stride 2 is slow, the one for float32 is not.
-        kind = torch.float32 if ctx.stride != (1, 1) else x.dtype
+        kind = torch.promote_types(x.dtype, torch.float32) if ctx.stride != (1, 1) else x.dtype
         of_x = gradient(x.to(kind), weight.to(kind), grad.to(kind), ctx.stride, ctx.padding, (True, False, False))[0].to(x.dtype)
         if kernel != 5 or ctx.stride != (1, 1):
             of_weight = gradient(x, weight.to(x.dtype), grad, ctx.stride, ctx.padding, (False, True, False))[1]
@@ -149,7 +149,7 @@ MOBILENET = (
 FULL = [(row, k, s, i, o, m) for row, k, s, i, o, _, _, m in MOBILENET]
 PRUNED = [(row, k, s, i, o, m) for row, k, s, _, _, i, o, m in MOBILENET]
 
-# This project's own table. Its strides come one block earlier than FastDepth's, so it has two maps at 1/4 and only the
+# This project's own table, with ReLU throughout. Its strides come one block earlier than FastDepth's, so it has two maps at 1/4 and only the
 # stem's at 1/2.
 #    row       kernel stride    in    out    map      output at 224x224
 LAYER_TABLE_ENCODER = (
@@ -189,18 +189,18 @@ LAYER_TABLE_DECODER = (
 
 
 class MobileNet(nn.Module):
-    """MobileNet (Howard et al. 2017) expanded from one of the tables above: ReLU6, no bias, no classifier.
+    """MobileNet (Howard et al. 2017) expanded from one of the tables above: no bias, no classifier.
 
     Takes RGB / 255 without mean and standard deviation, as FastDepth does. forward returns the marked rows' maps in
     order; `channels` states their channels, e.g. (64, 128, 256, 512, 1024) at 1/2 ... 1/32.
     """
 
-    def __init__(self, table):
+    def __init__(self, table, act=nn.ReLU6):
         super().__init__()
         self.layers, self.maps, self.channels = nn.ModuleDict(), [], []
         for row, kernel, stride, cin, cout, map in table:
             block = separable if row.startswith("block") else conv_bn
-            self.layers[row] = block(cin, cout, kernel, stride, act=nn.ReLU6)
+            self.layers[row] = block(cin, cout, kernel, stride, act=act)
             if map:
                 self.maps.append(row)
                 self.channels.append(cout)
@@ -313,7 +313,7 @@ MODELS = {
         encoder=lambda: MobileNet(PRUNED), decoder=NNConv5, widths=(200, 256, 120, 56, 16), output="relu",
         size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
     "fastdepth-table": dict(
-        encoder=lambda: MobileNet(LAYER_TABLE_ENCODER), decoder=LayerTableDecoder, output="linear",
+        encoder=lambda: MobileNet(LAYER_TABLE_ENCODER, nn.ReLU), decoder=LayerTableDecoder, output="linear",
         size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
 }
 
@@ -367,15 +367,23 @@ def load_model(file, device="cpu"):
     geometry, max_depth. ValueError names the file when it is not one."""
     try:
         saved = torch.load(file, map_location=device)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file}: not a file of torch.save with tensors and plain values alone: train it again or copy it again") from None
+    except Exception as error:  # whatever a cut-off or foreign file makes the reader stumble over
+        raise ValueError(f"{file}: not a whole file of torch.save ({first_line(error)}): train it again or copy it again") from None
+    try:
         facts = {key: saved[key] for key in ("model", "options", "size", "geometry", "max_depth")}
         model = build_model(facts["model"], facts["max_depth"], **facts["options"])
         model.load_state_dict(saved["weights"])
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file}: not a whole checkpoint of this project ({reason}): train it again or copy it again") from None
+    except (KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file}: not a checkpoint of this project ({first_line(error)})") from None
     return model.to(device).eval(), facts
+
+
+def first_line(error):
+    return f"{type(error).__name__} {error}".strip().split("\n")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def draw_layer_table(model, image):
     x, block = layer(image, 2), []
     initial = x
     for stride in (2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1):
-        x = layer(layer(x, stride, F.relu6), 1, F.relu6)
+        x = layer(layer(x, stride), 1)
         block.append(x)
     for other in (block[10], block[3], block[1], double(block[0]), double(initial)):
         x = layer(torch.cat([layer(x, up=True), other], 1))
