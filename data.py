@@ -609,6 +609,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def check_device(name):
+    """ValueError if PyTorch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: PyTorch finds no such device here") from None
+
+
 def run_script(main):
     """Exit codes of every script: 0 done, 1 a claim failed, 2 the user's mistake in one line, 130 Ctrl-C."""
     try:

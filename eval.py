@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (FOCAL, GEOMETRIES, PICTURES, Parser, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
+from data import (FOCAL, GEOMETRIES, PICTURES, Parser, check_device, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
                   sampling_grid, tile, to_picture, valid_mask)
 from model import MODELS, load_model
 
@@ -283,7 +283,8 @@ def main(argv=None):
         parser.error("give --data to evaluate, or --images to predict")
     size = tuple(args.size) if args.size else None
     if size and any(n % 32 or n <= 0 for n in size):
-        parser.error(f"--size must be multiples of 32, got {size[0]} {size[1]}")
+        parser.error(f"--size must be multiples of 32, got {size[0]}x{size[1]}")
+    check_device(args.device)
     if args.focal is not None and not args.focal > 0:
         parser.error(f"--focal must be above 0, got {args.focal}")
     predict, facts = load_predictor(args.model, args.device)

@@ -366,7 +366,7 @@ def load_model(file, device="cpu"):
     """A checkpoint of train.py -> the network in eval mode, and the facts that it was saved with: model, options, size,
     geometry, max_depth. ValueError names the file when it is not one."""
     try:
-        saved = torch.load(file, map_location=device)
+        saved = torch.load(file, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except pickle.UnpicklingError:

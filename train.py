@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import GEOMETRIES, Parser, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
+from data import GEOMETRIES, Parser, check_device, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
 from model import MODELS, build_model, count, load_model
@@ -99,10 +99,7 @@ def parse(argv):
         fast = torch.cpu.get_capabilities() if args.device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else fast.get("avx512_bf16") or fast.get("amx_bf16")
         args.amp = "bf16" if bf16 else "none"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: PyTorch finds no such device here")
+    check_device(args.device)
     return args, saved
 
 
