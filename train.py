@@ -254,7 +254,7 @@ def main(argv=None):
     # The plan
     print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
     print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, {args.size[0]}x{args.size[1]} ({args.geometry})")
-    print(f"network     {args.model} {' '.join(args.options)}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
+    print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
     print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
           f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
     constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)

@@ -247,7 +247,7 @@ def test_colours_hidden_under_transparent_pixels_do_not_show(tmp_path, mode):
         picture = np.full((8, 8, len(mode)), hidden, np.uint8)
         picture[..., -1] = 0
         picture[2:5, 2:5] = [200, 100, 50, 255] if mode == "RGBA" else [90, 255]
-        shown.append(stored(tmp_path, Image.fromarray(picture, mode)))
+        shown.append(stored(tmp_path, Image.fromarray(picture)))
     assert (shown[0] == shown[1]).all()
     assert (shown[0][2:5, 2:5] == ([200, 100, 50] if mode == "RGBA" else [90] * 3)).all()
 

@@ -1,5 +1,6 @@
 """Training on a miniature of the rooms: what a run writes, that it repeats and resumes bit for bit, and how it stops."""
 import csv
+import itertools
 import math
 import os
 import shlex
@@ -21,7 +22,8 @@ from eval import evaluate
 from model import build_model, load_model
 
 ROOT = Path(train.__file__).parent
-MINIATURE = "--size 64 64 --batch-size 4 --limit 8 --model fastdepth-pruned --amp none --device cpu --lr 0.01".split()  # 2 steps an epoch
+# 2 steps an epoch: the last 2 of 10 pictures are no whole batch
+MINIATURE = "--size 64 64 --batch-size 4 --limit 10 --model fastdepth-pruned --amp none --device cpu --lr 0.01".split()
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +80,10 @@ def every_step():
         hook.remove()
 
 
-def rmse_stays(monkeypatch):
-    """Let no epoch be better than the first."""
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": 1.0}, None))
+def let_rmse_fall(monkeypatch, factor):
+    """Each evaluation finds `factor` times the RMSE of the one before."""
+    calls = itertools.count()
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": factor ** next(calls)}, None))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -138,8 +141,8 @@ def test_every_epoch_draws_a_new_order_and_new_pictures_but_the_validation_stays
     train.main([*flags, "--epochs", "2", "--augment", "paper"])
     drawn = [key[2:] for key in seen if key[0] and key[1]]
     orders = [[index for index, *_ in epoch] for epoch in (drawn[:8], drawn[8:])]
-    assert len(drawn) == 16 and sorted(orders[0]) == sorted(orders[1]) == list(range(8))
-    assert orders[0] != orders[1] and len(set(drawn)) == 16
+    assert len(drawn) == 16 and all(len(set(order)) == 8 for order in orders)  # two whole batches
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0]) and len(set(drawn)) == 16
     validation = [key for key in seen if not key[0]]
     assert not any(augment for _, augment, *_ in validation)
     assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the constant map and two epochs
@@ -161,6 +164,28 @@ def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, mon
         assert pred.dtype == target.dtype == torch.float32 and pred.shape == target.shape == mask.shape == (4, 1, 64, 64)
         assert torch.equal(mask, (target > 0) & (target <= 2.5)) and mask.any() and (target > 2.5).any() and (target == 0).any()
         assert pred.isfinite().all() and torch.equal(pred, pred.bfloat16().float())  # autocast was on
+
+
+def test_a_coarser_network_is_compared_at_its_own_resolution(flags, monkeypatch):
+    class Quarter(torch.nn.Conv2d):
+        output_stride = 4
+
+    read, depths, targets = data.DepthDataset.__getitem__, [], []
+
+    def spy(dataset, index):
+        depths.append((sample := read(dataset, index))[1])
+        return sample
+
+    def loss(pred, target, mask):
+        assert pred.shape == target.shape == mask.shape == (4, 1, 16, 16)
+        targets.append((torch.stack(depths[-4:]), target))
+        return pred.mean()
+
+    monkeypatch.setattr(train, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
+    monkeypatch.setattr(train, "make_loss", lambda *a: loss)
+    monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
+    train.main([*flags, "--epochs", "1"])
+    assert len(targets) == 2 and all(torch.equal(target, depth[..., 2::4, 2::4]) for depth, target in targets)  # real pixels, no mixtures
 
 
 def test_training_learns_what_can_be_learnt(tmp_path):
@@ -203,7 +228,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     train.main([*MINIATURE, "--data", str(rooms), "--dry-run"])
     plan = capsys.readouterr().out
-    assert all(word in plan for word in ("cpu", "fastdepth-pruned", "1,360,786", "8 train", "2 steps of 4", "rmse"))
+    assert all(word in plan for word in ("cpu", "fastdepth-pruned", "1,360,786", "10 train", "2 steps of 4", "rmse"))
     assert not list(tmp_path.iterdir())
 
 
@@ -213,12 +238,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("schedule, expected", [
-    ("none", lambda t: 0.01),
     ("step", lambda t: 0.01 if t < 5 else 0.001),
-    ("cosine", lambda t: 0.005 + 0.005 * math.cos(math.pi * t / 6)),
-    ("none --warmup 1.5", lambda t: 0.01 * t / 1.5 if t < 1.5 else 0.01),
-    ("plateau --warmup 2", lambda t: 0.01 * t / 2 if t < 2 else 0.01),
     ("cosine --warmup 1", lambda t: min(t, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 6))),
+    ("none --warmup 2.5", lambda t: 0.01 * min(t / 2.5, 1)),
 ])
 def test_the_learning_rate_follows_its_formula_at_every_step(schedule, expected, flags, every_step):
     rates = []
@@ -227,10 +249,15 @@ def test_the_learning_rate_follows_its_formula_at_every_step(schedule, expected,
     assert rates == pytest.approx([expected(step / 2) for step in range(12)], abs=1e-9)
 
 
-def test_plateau_lowers_the_rate_when_patience_is_exceeded(flags, tmp_path, monkeypatch):
-    rmse_stays(monkeypatch)
-    train.main([*flags, "--epochs", "8", "--size", "32", "32"])
-    assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(3 * [0.01] + 2 * [0.003] + 2 * [0.0009] + [0.00027])
+@pytest.mark.parametrize("factor, warmup, expected", [
+    (1.0, "0", [0.01, 0.01, 0.01, 0.003, 0.003, 0.0009]),  # epochs 2 and 3 are no better, nor are 4 and 5
+    (0.9, "0", 6 * [0.01]),
+    (1.0, "4", [0.00125, 0.00375, 0.00625, 0.003 * 0.875, 0.003, 0.0009]),  # the rate of the last step of an epoch
+])
+def test_plateau_lowers_the_rate_where_the_rmse_stays_and_not_where_it_falls(factor, warmup, expected, flags, tmp_path, monkeypatch):
+    let_rmse_fall(monkeypatch, factor)
+    train.main([*flags, "--epochs", "6", "--size", "32", "32", "--warmup", warmup])
+    assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(expected)
 
 
 def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
@@ -241,18 +268,27 @@ def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
     assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
+def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path, every_step):
+    groups = []
+    every_step(lambda optimizer: groups.append([optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "momentum")]))
+    train.main([*flags, "--epochs", "1", "--weight-decay", "0.02", "--momentum", "0.8"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--weight-decay", "0.03", "--lr", "0.004"])
+    assert groups == 2 * [[0.01, 0.02, 0.8]] + 2 * [[0.004, 0.03, 0.8]]
+    assert len(read_log(tmp_path / "run")) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 # ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_at, more", [
-    (2, "--optimizer sgd --schedule plateau"),  # in the first epoch
-    (8, "--optimizer sgd --schedule plateau"),  # in the fourth: the rate falls after it
-    (5, "--optimizer adam --schedule cosine --warmup 2.5 --workers 2"),
+    (2, "--optimizer adam --schedule plateau"),  # in the first epoch
+    (8, "--optimizer sgd --schedule plateau --warmup 4.5"),  # in the fourth, the rate is falling and still warming up
+    (5, "--optimizer adam --schedule cosine --workers 2"),
 ])
 def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
-    rmse_stays(monkeypatch)
+    let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     whole = [*flags, "--epochs", "5", *more.split()]
     train.main([*whole, "--out", str(tmp_path / "whole")])
     steps = []
@@ -270,14 +306,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
     assert same(torch.load(tmp_path / "whole" / "last.pt"), torch.load(tmp_path / "run" / "last.pt"))
     assert same(torch.load(tmp_path / "whole" / "best.pt")["weights"], torch.load(tmp_path / "run" / "best.pt")["weights"])
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
-
-
-def test_flags_given_on_resume_replace_those_of_the_run(finished, tmp_path, every_step):
-    out, groups = copy_of(finished[0], tmp_path / "run"), []
-    every_step(lambda optimizer: groups.append(dict(optimizer.param_groups[0])))
-    train.main(["--resume", str(out), "--epochs", "3", "--lr", "0.004", "--weight-decay", "0.02"])
-    assert len(read_log(out)) == 3
-    assert {(g["lr"], g["weight_decay"], g["momentum"]) for g in groups} == {(0.004, 0.02, 0.9)}
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
