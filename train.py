@@ -328,7 +328,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {out}")
         raise
-    sample_sheet(lambda image: model(image.to(args.device)), val_set, out / "samples.png", args.max_depth)
+    sample_sheet(load_model(out / "best.pt")[0], val_set, out / "samples.png", args.max_depth)
     print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
     print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {out}/best.pt --data {args.data}")
     return best

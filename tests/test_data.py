@@ -6,6 +6,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import ANY
 
 import h5py
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import data
-from data import colourise, have_rooms, jitter, open_dataset, progress, read_image, render, sampling_grid, tile, to_metres, valid_mask, write_rooms
+from data import (colourise, have_rooms, jitter, open_dataset, progress, read_image, render, sampling_grid, tile, to_metres, valid_mask,
+                  write_rooms)
 
 HDF5 = "HDF5 folders"
 PAIRED = {  # layout -> its files below the root, for a frame of a given name
@@ -133,7 +135,8 @@ def test_the_mask_is_finite_above_0_and_up_to_max_depth(max_depth):
 @pytest.mark.parametrize("folder", ["", "house/kitchen"])
 @pytest.mark.parametrize("layout", [HDF5, *PAIRED])
 def test_every_layout_gives_back_what_was_stored(tmp_path, layout, folder):
-    ds = open_dataset(write(tmp_path, layout, "ab", folder and layout == HDF5 and "train/" + folder or folder), "all", size=None)
+    folder = f"train/{folder or 'scene'}" if layout == HDF5 else folder
+    ds = open_dataset(write(tmp_path, layout, "ab", folder), "all", size=None)
     assert len(ds) == len(ds.files) == 2
     for seed, (image, depth, index) in enumerate(ds[i] for i in range(2)):
         expected_image, expected_depth = frame(seed=seed)
@@ -201,12 +204,18 @@ def test_an_hdf5_file_without_one_of_its_keys_is_named(tmp_path, key):
         open_dataset(tmp_path, "all")[0]
 
 
-@pytest.mark.parametrize("key, shape", [("rgb", (24, 32)), ("rgb", (24, 32, 3)), ("depth", (3, 24, 32)), ("depth", (24, 28))])
-def test_an_hdf5_file_with_another_shape_is_named(tmp_path, key, shape):
+@pytest.mark.parametrize("key, shape, dtype", [
+    ("rgb", (24, 32), np.uint8),
+    ("rgb", (24, 32, 3), np.uint8),
+    ("rgb", (3, 24, 32), np.float32),
+    ("depth", (3, 24, 32), np.float32),
+    ("depth", (24, 28), np.float32),
+])
+def test_an_hdf5_file_with_another_shape_or_type_is_named(tmp_path, key, shape, dtype):
     file = write(tmp_path) / "train/scene/0.h5"
     drop(key)(file)
     with h5py.File(file, "a") as h5:
-        h5[key] = np.ones(shape, np.uint8 if key == "rgb" else np.float32)
+        h5[key] = np.ones(shape, dtype)
     with complains("0.h5"):
         open_dataset(tmp_path, "all")[0]
 
@@ -327,11 +336,11 @@ def test_without_scenes_the_last_fifth_of_the_names_is_held_out(tmp_path, layout
 
 
 @pytest.mark.parametrize("layout", [HDF5, "rgb + 16-bit png"])
-def test_a_folder_with_its_own_train_and_val_keeps_them(tmp_path, layout):
-    for part, names in (("train", "abcde"), ("val", "xyz")):
-        write(tmp_path, layout, names, f"{part}/rooms")
-    names = split_names(tmp_path)
-    assert sorted(names["train"]) == list("abcde") and sorted(names["val"]) == list("xyz") and "test" not in names
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "val", "test")])
+def test_a_folder_with_its_own_parts_keeps_them(tmp_path, layout, parts):
+    for part in parts:
+        write(tmp_path, layout, [f"{part}-{i}" for i in range(4)], f"{part}/rooms")
+    assert split_names(tmp_path) == {part: [f"{part}-{i}" for i in range(4)] for part in parts} | {"all": ANY}
 
 
 def test_the_official_frames_of_fastdepth_are_only_ever_test(tmp_path):
@@ -476,6 +485,16 @@ def test_without_a_size_nothing_is_augmented(tmp_path):
     write(tmp_path)
     image, depth, _ = open_dataset(tmp_path, "all", size=None, augment=True)[0]
     assert (as_array(image) == frame()[0]).all() and (depth[0].numpy() == frame()[1]).all()
+
+
+def test_the_augmentation_can_be_a_flip_alone(tmp_path):
+    plain, ds = (open_dataset(write(tmp_path), "all", size=(48, 64), augment=augment) for augment in (False, "flip"))
+    plain, flips = torch.cat(plain[0][:2]), []
+    for ds.epoch in range(40):
+        item = torch.cat(ds[0][:2])
+        flips.append(torch.equal(item, plain.flip(-1)))
+        assert flips[-1] or torch.equal(item, plain)
+    assert 10 < sum(flips) < 30
 
 
 def test_an_augmented_item_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -816,6 +835,20 @@ def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path):
     assert len(result.stderr.splitlines()) == 1 and "nowhere" in result.stderr
 
 
+@pytest.mark.parametrize("arguments, complaint", [
+    ([], "--rooms"),
+    (["here", "--rooms", "8"], "--rooms"),
+    (["--rooms", "7"], "7"),
+    (["--rooms", "many"], "many"),
+    (["--rooms", "8", "--device", "abacus"], "abacus"),
+])
+def test_a_wrong_flag_is_one_line_and_renders_nothing(tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    with complains(complaint):
+        data.main(arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_names_a_broken_file_and_writes_no_sheet(tmp_path):
     keep(0.5)(write(tmp_path / "broken") / "train/scene/0.h5")
     with complains("0.h5"):
@@ -837,6 +870,7 @@ def test_near_is_bright_far_is_dark_and_not_measured_is_grey():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert colourise(np.full((2, 2), 3.0), near=3, far=3).shape == (2, 2, 3)  # a flat map has no range
+    assert (colourise([[1, 2, 5]], near=5, far=1)[0, ::2] == colourise([[5, 2, 1]], near=1, far=5)[0, ::2]).all()  # 5 bright, 1 dark
 
 
 def test_a_sheet_shows_every_picture_in_its_place():

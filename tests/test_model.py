@@ -244,7 +244,7 @@ def draw_fastdepth(model, image, skip="add", conv="depthwise"):
 
 
 def draw_layer_table(model, image):
-    """The 21 rows, with the last two skips enlarged to their place."""
+    """The 21 rows, ReLU throughout, with the last two skips enlarged to their place."""
     layer = plain_layers(model)
     x, block = layer(image, 2), []
     initial = x
