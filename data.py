@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def to_metres(raw, scale=1000.0, file=""):
     if raw.ndim != 2:
         raise ValueError(f"{file}: depth must have one channel, this has the shape {raw.shape}: it is a picture of depth, not depth")
     if raw.dtype.kind == "f":
-        metres = np.where(np.isfinite(raw), raw, 0).astype(np.float32)
+        metres = np.where(np.isfinite(raw) & (raw > 0), raw, 0).astype(np.float32)
     elif raw.dtype == np.uint8:
         metres = raw.astype(np.float32) * (10 / 255)
     else:
@@ -123,15 +122,15 @@ def find_pairs(root):
     """
     scenes = {}
     if (root / "scenes.csv").is_file():
-        rows = [line.split(",") for line in (root / "scenes.csv").read_text().split()]
-        scenes = {row[0]: row[1] for row in rows[1:] if len(row) > 1}
+        rows = [line.split(",") for line in (root / "scenes.csv").read_text().splitlines()]
+        scenes = {row[0].strip(): row[1].strip() for row in rows[1:] if len(row) > 1}
     samples = []
     for folder, _, names in sorted(os.walk(root)):
         folder = Path(folder)
         part, scene = place_of(folder, root)
         for colour in (folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir() and (folder / "depth").is_dir()):
-            depths = {p.stem: p for p in sorted((folder / "depth").iterdir()) if p.suffix in DEPTHS}
-            pairs = [(p.stem, p, depths[p.stem]) for p in sorted(colour.iterdir()) if p.suffix in PICTURES and p.stem in depths]
+            depths = {p.stem: p for p in sorted((folder / "depth").iterdir()) if p.suffix.lower() in DEPTHS}
+            pairs = [(p.stem, p, depths[p.stem]) for p in sorted(colour.iterdir()) if p.suffix.lower() in PICTURES and p.stem in depths]
             samples += [(part, scenes.get(stem, scene), (image, depth), str(image)) for stem, image, depth in pairs]
         for image in (folder / name for name in sorted(names) if Path(name).stem.endswith("_image")):
             depths = [image.with_name(image.stem[:-5] + "depth" + suffix) for suffix in DEPTHS]
@@ -143,13 +142,13 @@ def read_pair(source, scale):
     """A picture, and depth as a PNG (16 bit / scale, 8 bit = 10 m / 255), .npy or .npz (metres)."""
     image_file, depth_file = source
     try:
-        if depth_file.suffix == ".png":
+        if depth_file.suffix.lower() == ".png":
             with Image.open(depth_file) as picture:
                 raw = np.asarray(picture)
         else:
             raw = np.load(depth_file)
-            raw = raw[raw.files[0]] if depth_file.suffix == ".npz" else raw
-    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raw = raw[raw.files[0]] if depth_file.suffix.lower() == ".npz" else raw
+    except Exception as error:  # numpy and PIL raise whatever a damaged file makes them stumble over
         raise ValueError(f"{depth_file}: cannot be read as depth ({error}): replace or remove it") from None
     return read_image(image_file), to_metres(raw, scale, depth_file)
 
@@ -354,7 +353,10 @@ def hashed(*keys):
 
 
 def furnish(keys):
-    """Random seeds, one a room -> dict of tensors, one row a room, in metres. x right, y up from the floor, z forward."""
+    """Random seeds, one a room -> dict of tensors, one row a room, in metres. x right, y up from the floor, z forward.
+
+    The order of the draws makes the rooms: whoever changes it raises ROOMS_VERSION.
+    """
     u, used = torch.stack([torch.rand(256, generator=torch.Generator().manual_seed(key)) for key in keys]), 0
 
     def between(low, high, *shape):  # takes the next unused random numbers of every room
@@ -519,9 +521,7 @@ def write_rooms(out, n, seed=0, device="cpu"):
     The training depth has holes as a Kinect's, the validation depth is exact and complete.
     """
     out = Path(out)
-    if (out / "rooms.json").is_file():
-        shutil.rmtree(out)  # rooms of another version, number or seed
-    elif out.exists():
+    if out.exists() and not (out / "rooms.json").is_file():
         raise ValueError(f"{out}: exists and holds no rooms: choose another --out")
     counts, start, done = {"train": n, "val": n // 8}, time.time(), 0
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
@@ -543,6 +543,7 @@ def write_rooms(out, n, seed=0, device="cpu"):
         print(f"rendered {done} rooms into {out} in {time.time() - start:.0f} s")
         facts = dict(version=ROOMS_VERSION, seed=seed, **counts)
         (partial / "rooms.json").write_text(json.dumps(facts) + "\n")
+        shutil.rmtree(out, ignore_errors=True)  # rooms of another version, number or seed
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -643,6 +644,7 @@ def main(argv=None):
     if args.rooms is not None:
         if args.rooms < 8:
             parser.error(f"--rooms must be at least 8, got {args.rooms}")
+        check_device(args.device)
         write_rooms(args.out or "data/rooms", args.rooms, args.seed, args.device)
         return
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
+import model
 import train
 from eval import evaluate
-from model import build_model, load_model
 
 ROOT = Path(train.__file__).parent
 # 2 steps an epoch: the last 2 of 10 pictures are no whole batch
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_a_dict_of_plain_values_that_torch_loads_by_default(fini
     saved = torch.load(finished[0] / "best.pt")  # weights_only by default: refuses everything but tensors and plain values
     assert saved["model"] == "fastdepth-pruned" and tuple(saved["size"]) == (64, 64) and saved["geometry"] == "fastdepth"
     assert saved["options"] == {} and saved["max_depth"] == 10
-    build_model("fastdepth-pruned").load_state_dict(saved["weights"])
+    model.build_model("fastdepth-pruned").load_state_dict(saved["weights"])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, finished, tmp_path):
@@ -124,8 +124,8 @@ def test_best_is_the_epoch_of_the_lowest_rmse_and_last_the_last(rooms, finished,
     assert log[2]["rmse"] > 2 * min(log[0]["rmse"], log[1]["rmse"])
     val = data.open_dataset(rooms, "val", (64, 64))
     for file, row in (("best.pt", min(log, key=lambda row: row["rmse"])), ("last.pt", log[2])):
-        model, _ = load_model(out / file)
-        assert evaluate(model, torch.utils.data.DataLoader(val), 10.0)[0]["rmse"] == pytest.approx(row["rmse"], rel=0.02)
+        network, _ = model.load_model(out / file)
+        assert evaluate(network, torch.utils.data.DataLoader(val), 10.0)[0]["rmse"] == pytest.approx(row["rmse"], rel=0.02)
     assert result["epoch"] == min(log, key=lambda row: row["rmse"])["epoch"]
 
 
@@ -181,7 +181,8 @@ def test_a_coarser_network_is_compared_at_its_own_resolution(flags, monkeypatch)
         targets.append((torch.stack(depths[-4:]), target))
         return pred.mean()
 
-    monkeypatch.setattr(train, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
+    for where in (train, model):
+        monkeypatch.setattr(where, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
     monkeypatch.setattr(train, "make_loss", lambda *a: loss)
     monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
     train.main([*flags, "--epochs", "1"])
