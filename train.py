@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from data import GEOMETRIES, Parser, check_device, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
-from model import MODELS, build_model, count, load_model
+from model import MODELS, build_model, count, load_encoder, load_model
 
 # ------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -45,7 +45,9 @@ def make_parser():
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
     p.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the network's)")
-    p.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    p.add_argument("--init", metavar="FILE", help="start from a checkpoint, or from a file that FastDepth's authors published")
+    p.add_argument("--pretrained", action="store_true", help="start the encoder from torchvision's ImageNet weights, downloaded")
+    p.add_argument("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
     p.add_argument("--loss", default="l1", choices=list(LOSSES))
     p.add_argument("--epochs", type=int, default=10)
@@ -223,6 +225,9 @@ def main(argv=None):
             flags = " ".join([f"--model {facts['model']}"] + ["--options"] * bool(facts["options"]) + [f"{k}={v}" for k, v in facts["options"].items()])
             raise ValueError(f"{args.init}: holds another network: use {flags}")
         model.load_state_dict(initial.state_dict())
+    if not saved and (args.pretrained or args.encoder_weights):
+        unused = load_encoder(model, args.encoder_weights)
+        print(f"encoder     from {args.encoder_weights or model.encoder.url}; not used: {', '.join(unused) or 'nothing'}")
     size = count(model, *args.size)
     model = model.to(args.device, memory_format=torch.channels_last)
     criterion = make_loss(args.loss, args.max_depth)
@@ -269,7 +274,7 @@ def main(argv=None):
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth, weights=model.state_dict(),
             optimizer=optimizer.state_dict(), plateau=plateau.state_dict(), scaler=scaler.state_dict(), history=history, best=best,
-            args={name: value for name, value in vars(args).items() if name not in ("out", "resume", "init", "dry_run")}))
+            args={name: value for name, value in vars(args).items() if name not in ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")}))
 
     out.mkdir(parents=True, exist_ok=True)
     if not saved:
