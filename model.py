@@ -23,6 +23,7 @@ import math
 import pickle
 import warnings
 from collections import OrderedDict
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -48,7 +49,7 @@ class Depthwise(nn.Conv2d):
 
 class DepthwiseOnCPU(torch.autograd.Function):
     """The depthwise convolution, and its gradient in pieces for which PyTorch has fast CPU kernels (oneDNN, channels
-    last). Without this, two thirds of a training step of FastDepth in bfloat16 are the weight gradients of five 5x5 layers."""
+    last). Without this, the weight gradients of five 5x5 layers take most of a training step of FastDepth in bfloat16."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
@@ -97,14 +98,9 @@ def separable(cin, cout, kernel, stride=1, act=nn.ReLU):
     return nn.Sequential(OrderedDict(depthwise=followed(Depthwise(cin, kernel, stride), act), pointwise=conv_bn(cin, cout, 1, act=act)))
 
 
-def x2(x):
-    """Nearest-neighbour enlargement: (B, C, H, W) -> (B, C, 2H, 2W)."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def enlarge(x, like):
-    """Bilinear, half-pixel centres: x to the height and width of `like`."""
-    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+def x2(x, mode="nearest"):
+    """Enlargement, "nearest" or "bilinear" with half-pixel centres: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2, mode=mode)
 
 
 class Metres(nn.Module):
@@ -132,8 +128,10 @@ class Metres(nn.Module):
 
     def start(self, depth=3.0):
         """The y at which a network should start so that it first answers `depth` metres (NYU's mean is near 3 m)."""
-        share = depth / self.max_depth
-        return dict(relu=depth, linear=depth, sigmoid=math.log(share / (1 - share)), reciprocal=math.log(math.expm1(1 / share - 1)))[self.name]
+        share = min(depth / self.max_depth, 0.5)  # of a shorter range, its middle
+        if self.name == "sigmoid":
+            return math.log(share / (1 - share))
+        return math.log(math.expm1(1 / share - 1)) if self.name == "reciprocal" else share * self.max_depth
 
     def extra_repr(self):
         return f"{self.name}, max_depth={self.max_depth}"
@@ -511,10 +509,10 @@ class DenseDepthDecoder(nn.Module):
     def forward(self, maps):
         m2, m4, m8, m16, x = maps
         x = self.bottom(F.relu(x))  #                                   (B, 1664, H/32, W/32)
-        x = self.up1(torch.cat([enlarge(x, m16), m16], 1))  #           (B,  832, H/16, W/16)
-        x = self.up2(torch.cat([enlarge(x, m8), m8], 1))  #             (B,  416, H/8, W/8)
-        x = self.up3(torch.cat([enlarge(x, m4), m4], 1))  #             (B,  208, H/4, W/4)
-        x = self.up4(torch.cat([enlarge(x, m2), m2], 1))  #             (B,  104, H/2, W/2)
+        x = self.up1(torch.cat([x2(x, "bilinear"), m16], 1))  #           (B,  832, H/16, W/16)
+        x = self.up2(torch.cat([x2(x, "bilinear"), m8], 1))  #             (B,  416, H/8, W/8)
+        x = self.up3(torch.cat([x2(x, "bilinear"), m4], 1))  #             (B,  208, H/4, W/4)
+        x = self.up4(torch.cat([x2(x, "bilinear"), m2], 1))  #             (B,  104, H/2, W/2)
         return self.metres(self.head(x))  #                             (B,    1, H/2, W/2)
 
 
@@ -539,9 +537,9 @@ class FeaturePyramid(nn.Module):
         _, m2, m3, m4, m5 = maps
         p5 = self.lateral5(m5)  #                                       (B, 256, H/32, W/32)
         # Paper: nearest x2, and only the finished maps are smoothed. Here: bilinear, smoothed before it goes on.
-        p4 = self.smooth4(self.lateral4(m4) + enlarge(p5, m4))  #       (B, 256, H/16, W/16)
-        p3 = self.smooth3(self.lateral3(m3) + enlarge(p4, m3))  #       (B, 256, H/8, W/8)
-        p2 = self.smooth2(self.lateral2(m2) + enlarge(p3, m2))  #       (B, 256, H/4, W/4)
+        p4 = self.smooth4(self.lateral4(m4) + x2(p5, "bilinear"))  #       (B, 256, H/16, W/16)
+        p3 = self.smooth3(self.lateral3(m3) + x2(p4, "bilinear"))  #       (B, 256, H/8, W/8)
+        p2 = self.smooth2(self.lateral2(m2) + x2(p3, "bilinear"))  #       (B, 256, H/4, W/4)
         return self.metres(self.head(p2))  #                            (B,   1, H/4, W/4)
 
 
@@ -549,27 +547,26 @@ class FeaturePyramid(nn.Module):
 # Networks
 # ------------------------------------------------------------------------------------------------------------------
 
-# size and geometry (data.py) are those of training and of the paper's evaluation; whole_size is the nearest legal size
-# at which a whole 4:3 picture has the scale of training (480 rows -> 250 -> crop 228 -> 224: a whole one is 246 x 246).
+# size and geometry (data.py) are those of training and of the paper's evaluation.
 MODELS = {
     "fastdepth": dict(
-        encoder=lambda: MobileNet(FULL), decoder=NNConv5, widths=(512, 256, 128, 64, 32), output="relu",
-        size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
+        encoder=lambda: MobileNet(FULL), decoder=partial(NNConv5, widths=(512, 256, 128, 64, 32)), output="relu",
+        size=(224, 224), geometry="fastdepth"),
     "fastdepth-pruned": dict(
-        encoder=lambda: MobileNet(PRUNED), decoder=NNConv5, widths=(200, 256, 120, 56, 16), output="relu",
-        size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
+        encoder=lambda: MobileNet(PRUNED), decoder=partial(NNConv5, widths=(200, 256, 120, 56, 16)), output="relu",
+        size=(224, 224), geometry="fastdepth"),
     "fastdepth-table": dict(
         encoder=lambda: MobileNet(LAYER_TABLE_ENCODER, nn.ReLU), decoder=LayerTableDecoder, output="linear",
-        size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
+        size=(224, 224), geometry="fastdepth"),
     "fastdepth-v2": dict(
-        encoder=MobileNetV2, decoder=NNConv5, widths=(96, 32, 24, 16, 16), output="relu",
-        size=(224, 224), geometry="fastdepth", whole_size=(256, 256)),
+        encoder=MobileNetV2, decoder=partial(NNConv5, widths=(96, 32, 24, 16, 16)), output="relu",
+        size=(224, 224), geometry="fastdepth"),
     "densedepth": dict(
         encoder=DenseNet169, decoder=DenseDepthDecoder, output="reciprocal",
-        size=(480, 640), geometry="full", whole_size=(480, 640)),
+        size=(480, 640), geometry="full"),
     "fpn": dict(
         encoder=ResNet101, decoder=FeaturePyramid, output="relu",
-        size=(480, 640), geometry="full", whole_size=(480, 640)),
+        size=(480, 640), geometry="full"),
 }
 
 
@@ -597,13 +594,10 @@ def build_model(name, max_depth=10.0, output=None, **options):
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(MODELS)}")
     spec = MODELS[name]
     encoder, metres = spec["encoder"](), Metres(output or spec["output"], max_depth)
-    if "widths" in spec:
-        options = {"widths": spec["widths"], **options}
-    try:
-        model = DepthNet(encoder, spec["decoder"](encoder.channels, metres, **options))
-    except TypeError:
-        raise ValueError(f"{name} does not take the options {', '.join(options)}") from None
-    return initialise(model, metres)
+    known = ("conv", "skip") if "NNConv5" in str(spec["decoder"]) else ()
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{name} does not take the option {unknown[0]}, only {', '.join((*known, 'output'))}")
+    return initialise(DepthNet(encoder, spec["decoder"](encoder.channels, metres, **options)), metres)
 
 
 def initialise(model, metres):
@@ -766,7 +760,7 @@ def layers(model, height=224, width=224):
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            module.register_forward_hook(lambda conv, args, out, name=name: hook(name, conv, args, out))
+            module.register_forward_hook(partial(hook, name))
     model(torch.empty(1, 3, height, width, device="meta"))
     return rows
 

@@ -348,7 +348,8 @@ def test_outputs_are_three_readings_of_one_number(name):
     assert 0 <= bounded.min() and bounded.max() <= max_depth
 
 
-@pytest.mark.parametrize("name, options", [(name, {}) for name in MODELS] + [("fastdepth", dict(output="sigmoid", max_depth=m)) for m in (10, 80)])
+@pytest.mark.parametrize("name, options", [(name, {}) for name in MODELS] + [
+    ("fastdepth", dict(output="sigmoid", max_depth=max_depth)) for max_depth in (10, 80)])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_fresh_network_answers_metres_and_every_weight_can_learn(name, options, seed):
     torch.manual_seed(seed)
