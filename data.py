@@ -8,7 +8,7 @@ Depth is metres along the optical axis (z, not the length of the ray). What must
 here: files to metres (`to_metres`), the mask (`valid_mask`), the geometry (`sampling_grid`), the split (`open_dataset`).
 
     python data.py data/rooms                        # facts and a contact sheet
-    python data.py --rooms 640 --out data/rooms      # render rooms: depth that is known exactly, no download
+    python data.py --rooms 4000 --out data/many      # render rooms: depth that is known exactly, no download
 """
 import argparse
 import json
@@ -74,7 +74,7 @@ def read_image(file):
             return np.array(picture.convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises whatever a damaged file makes it stumble over
         raise ValueError(f"{file}: cannot be read as a picture ({error}): replace or remove it") from None
 
 
@@ -103,9 +103,9 @@ def read_hdf5(file, scale):
     try:
         with h5py.File(file) as h5:
             image, depth = h5["rgb"][:], h5["depth"][:]
-    except KeyError:
+    except (KeyError, TypeError):
         raise ValueError(f"{file}: has no dataset 'rgb' or 'depth': not a FastDepth HDF5 file") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as HDF5 ({error}): replace or remove it") from None
     if image.ndim != 3 or len(image) != 3 or image.dtype != np.uint8:
         raise ValueError(f"{file}: rgb must be (3, H, W) uint8, this is {image.shape} {image.dtype}")
@@ -132,9 +132,10 @@ def find_pairs(root):
             depths = {p.stem: p for p in sorted((folder / "depth").iterdir()) if p.suffix.lower() in DEPTHS}
             pairs = [(p.stem, p, depths[p.stem]) for p in sorted(colour.iterdir()) if p.suffix.lower() in PICTURES and p.stem in depths]
             samples += [(part, scenes.get(stem, scene), (image, depth), str(image)) for stem, image, depth in pairs]
-        for image in (folder / name for name in sorted(names) if Path(name).stem.endswith("_image")):
-            depths = [image.with_name(image.stem[:-5] + "depth" + suffix) for suffix in DEPTHS]
-            samples += [(part, scene, (image, d), str(image)) for d in depths if d.is_file()]
+        depths = {p.stem: p for p in map(folder.joinpath, sorted(names)) if p.stem.endswith("_depth") and p.suffix.lower() in DEPTHS}
+        for image in (p for p in map(folder.joinpath, sorted(names)) if p.stem.endswith("_image") and p.suffix.lower() in PICTURES):
+            if depth := depths.get(image.stem[:-5] + "depth"):
+                samples.append((part, scene, (image, depth), str(image)))
     return samples
 
 
@@ -144,6 +145,8 @@ def read_pair(source, scale):
     try:
         if depth_file.suffix.lower() == ".png":
             with Image.open(depth_file) as picture:
+                if picture.mode == "P":
+                    raise ValueError("its pixels are numbers of colours, not depth")
                 raw = np.asarray(picture)
         else:
             raw = np.load(depth_file)
@@ -166,6 +169,7 @@ LAYOUTS = {
 # ------------------------------------------------------------------------------------------------------------------
 
 GEOMETRIES = ("fastdepth", "full")
+FASTDEPTH_VIEW = (250, 333), (228, 304)  # FastDepth's grid, and the crop in its middle that the network sees
 
 
 def nearest(n_in, n_out):
@@ -189,7 +193,7 @@ def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0
     """
     if geometry == "fastdepth":
         box_h, box_w = min(height, round(width * 3 / 4)), min(width, round(height * 4 / 3))
-        (grid_h, grid_w), (crop_h, crop_w) = (250, 333), (228, 304)
+        (grid_h, grid_w), (crop_h, crop_w) = FASTDEPTH_VIEW
     elif geometry == "full":
         (box_h, box_w) = (grid_h, grid_w) = (crop_h, crop_w) = (height, width)
     else:
@@ -221,7 +225,7 @@ def jitter(image, brightness, contrast, saturation):
 class DepthDataset(torch.utils.data.Dataset):
     """ds[i] -> image (3, h, w) float32 RGB in [0, 1], depth (1, h, w) float32 metres (0 = not measured), i.
 
-    augment: False; "flip", a mirror image half of the time; or True, what the FastDepth paper draws: also zoom 1 to 1.5
+    augment: "none" or False; "flip", a mirror image half of the time; "paper" or True, what FastDepth draws: also zoom 1 to 1.5
     with depth divided by it (what is nearer looks larger), rotation +-5 degrees, brightness, contrast and saturation 0.6 to
     1.4. The draw depends on (seed, epoch, i) alone: set ds.epoch before each epoch, and any number of workers gives the
     same pictures. size None: as stored, not augmented.
@@ -245,7 +249,7 @@ class DepthDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image, depth = map(torch.from_numpy, self.read(index))
         move, colour = {}, None
-        if self.augment and self.size:
+        if self.augment not in (False, "none") and self.size:
             key = f"{self.seed} {self.epoch} {index}".encode()
             u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
             move = dict(flip=u[0] < 0.5)
@@ -265,7 +269,7 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
     """The split "train", "val", "test" or "all" of the data at root, whose layout is recognised. ValueError if there is none.
 
     test: only an official test part, which train and val never touch.  val: the data's own, else held out of train by
-    scene, crc32(scene) % 5 == 0; without scenes the last fifth of the sorted names.  limit: only so many, evenly chosen.
+    scene, crc32(scene) % 5 == 0; without scenes, or too few, the last fifth of the sorted names.  limit: only so many, evenly chosen.
     """
     root = Path(root)
     if not root.exists():
@@ -282,9 +286,11 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
     if "val" not in parts:
         own = [i for i, part in enumerate(parts) if part != "test"]
         by_scene = len({scenes[i] for i in own}) > 1
-        for k, i in enumerate(own):
-            held_out = zlib.crc32(scenes[i].encode()) % 5 == 0 if by_scene else k >= len(own) - len(own) // 5
-            parts[i] = "val" if held_out else "train"
+        held_out = [zlib.crc32(scenes[i].encode()) % 5 == 0 for i in own] if by_scene else []
+        if len(set(held_out)) < 2:  # no scenes, or too few of them to hold some out
+            held_out = [k >= len(own) - len(own) // 5 for k in range(len(own))]
+        for i, held in zip(own, held_out):
+            parts[i] = "val" if held else "train"
     chosen = [s for s, part in zip(samples, parts) if split in ("all", part)]
     if not chosen:
         held = ", ".join(f"{parts.count(p)} {p}" for p in ("train", "val", "test") if p in parts)
@@ -295,9 +301,15 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
     return DepthDataset(layout, chosen, size, geometry, augment, seed, depth_scale)
 
 
-def ignore_interrupt(_):
-    """For DataLoader's worker_init_fn: Ctrl-C is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def batches(loader):
+    """iter(loader), whose worker processes never see Ctrl-C: it is the main process that stops."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this; here the signal only waits
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 # ------------------------------------------------------------------------------------------------------------------

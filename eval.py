@@ -6,6 +6,7 @@
 
 Metrics are computed per image and then averaged over images. What is compared, and where, is a protocol:
 
+    own          what the network was trained and validated on: its size, geometry and range
     fastdepth    224x224 view of the FastDepth papers (crop, nearest), every measured pixel
     eigen        480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to that
     densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
@@ -22,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (FOCAL, GEOMETRIES, PICTURES, Parser, check_device, colourise, ignore_interrupt, open_dataset, progress, read_image, run_script,
+from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress, read_image, run_script,
                   sampling_grid, tile, to_picture, valid_mask)
-from model import MODELS, load_model
+from model import load_model
 
 # ------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -70,6 +71,7 @@ def depth_metrics(pred, target, mask):
 
 PROTOCOLS = {
     #             frame          rows        columns    clamp          max_depth   pooled, flip
+    "own":        dict(native=False, rows=(0, None), cols=(0, None), clamp=None, max_depth=None, pooled=False, flip=False),
     "fastdepth":  dict(native=False, rows=(0, None), cols=(0, None), clamp=None, max_depth=math.inf, pooled=False, flip=False),
     "eigen":      dict(native=True, rows=(45, 471), cols=(41, 601), clamp=(1e-3, 10.0), max_depth=10.0, pooled=False, flip=False),
     "densedepth": dict(native=True, rows=(20, 460), cols=(24, 616), clamp=(0.1, 10.0), max_depth=10.0, pooled=True, flip=True),
@@ -82,17 +84,16 @@ def flip_average(predict):
 
 
 @torch.no_grad()
-def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, view=None, what=None):
+def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, what=None):
     """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index): means over images as a dict,
     with `images` (counted) and `skipped` (no valid pixel), and the per-image moments.
 
-    view: what the network is shown of an image.  The prediction is enlarged bilinearly to the truth's size; rows, cols:
-    the part that counts; pooled: means over all pixels instead; what: a label for the progress line.
+    The prediction is enlarged bilinearly to the truth's size. rows, cols: the part that counts; pooled: means over all
+    pixels instead; what: a label for the progress line.
     """
     found, start, done = [], time.time(), 0
-    for image, depth, index in loader:
-        pred = predict(image if view is None else view(image)).float().cpu()
-        pred = F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False) if pred.shape != depth.shape else pred
+    for image, depth, _ in batches(loader):
+        pred = F.interpolate(predict(image).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)
         pred = pred if clamp is None else pred.clamp(*clamp)
         part = (..., slice(*rows), slice(*cols))
         found.append(moments(pred[part], depth[part], valid_mask(depth[part], max_depth)))
@@ -117,10 +118,10 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
 
 def load_predictor(file, device="cpu"):
     """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
-    geometry, max_depth, whole_size and fixed (whether an .onnx file takes one size only). ValueError names the file."""
+    geometry, max_depth, and fixed (whether an .onnx file takes one size only). ValueError names the file."""
     if Path(file).suffix != ".onnx":
         model, facts = load_model(file, device)
-        return lambda image: model(image.to(device)), facts | dict(whole_size=MODELS[facts["model"]]["whole_size"], fixed=False)
+        return lambda image: model(image.to(device)), facts | dict(fixed=False)
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -137,12 +138,18 @@ def load_predictor(file, device="cpu"):
     return lambda image: torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0]), facts
 
 
-def whole_picture_size(height, width, whole_size):
+def frame_size(facts):
+    """The legal size at which a whole 480x640 frame has the scale of training: 224x224 of FastDepth's crop -> 256x256."""
+    if facts["fixed"] or facts["geometry"] == "full":
+        return tuple(facts["size"])
+    return tuple(round(n * grid / crop / 32) * 32 for n, grid, crop in zip(facts["size"], *FASTDEPTH_VIEW))
+
+
+def whole_picture_size(height, width, frame):
     """The multiple of 32 at which a whole picture of any shape is shown to a network, so that things have the size of
-    training: whole_size is that of a 480x640 frame, and cameras are taken to have its angle along the longer side."""
+    training: frame is that of a 480x640 frame, and cameras are taken to have its angle along the longer side."""
     scale = 640 / max(height, width)
-    return tuple(max(32, round(n * scale * whole / frame / 32) * 32)
-                 for n, whole, frame in ((height, whole_size[0], 480), (width, whole_size[1], 640)))
+    return tuple(max(32, round(n * scale * shown / full / 32) * 32) for n, shown, full in ((height, frame[0], 480), (width, frame[1], 640)))
 
 
 def shown(size, geometry):
@@ -171,13 +178,12 @@ def picture_row(image, truth, pred, max_depth):
 
 
 @torch.no_grad()
-def sample_sheet(predict, dataset, file, max_depth, n=6, view=None):
+def sample_sheet(predict, dataset, file, max_depth, n=6):
     """Write n evenly chosen samples as RGB | truth | prediction | error."""
     rows = []
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         image, depth, _ = dataset[i]
-        pred = predict(image[None] if view is None else view(image[None])).float().cpu()
-        pred = F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False)[0]
+        pred = F.interpolate(predict(image[None]).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)[0]
         rows.append(picture_row(image, depth, pred, max_depth))
     tile(rows, ("RGB", "truth", "prediction", "error, 0 (dark) to 1 m")).save(file)
 
@@ -225,8 +231,9 @@ def find_pictures(paths):
 
 
 @torch.no_grad()
-def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
-    """Write for each picture NAME.png (16-bit millimetres), NAME.npy (float32 metres) and NAME_colour.png, at the picture's size."""
+def predict_pictures(predict, facts, files, out, size=None, focal=None, ply=False):
+    """Write for each picture NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less), NAME.npy
+    (float32 metres) and NAME_colour.png, at the picture's size."""
     taken = {file.resolve() for file in files}
     for file in files:
         for suffix in (".png", ".npy", "_colour.png") + (".ply",) * ply:
@@ -238,10 +245,10 @@ def predict_pictures(predict, facts, files, out, size=None, geometry="full", foc
     for file in files:
         picture = read_image(file)
         height, width = picture.shape[:2]
-        at = size or (facts["size"] if facts["fixed"] else whole_picture_size(height, width, facts["whole_size"]))
-        image = shown(at, geometry)(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
+        at = size or (facts["size"] if facts["fixed"] else whole_picture_size(height, width, frame_size(facts)))
+        image = shown(at, "full")(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
         depth = F.interpolate(predict(image).float().cpu(), (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
-        Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)).save(out / f"{file.stem}.png")
+        Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(out / f"{file.stem}.png")
         np.save(out / f"{file.stem}.npy", depth)
         with_scale_bar(depth).save(out / f"{file.stem}_colour.png")
         print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
@@ -265,7 +272,7 @@ def main(argv=None):
     # evaluation
     parser.add_argument("--data", help="data set of any layout that data.py knows")
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
-    parser.add_argument("--protocol", default="fastdepth", choices=PROTOCOLS)
+    parser.add_argument("--protocol", default="own", choices=PROTOCOLS)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
     parser.add_argument("--depth-scale", type=float, default=1000.0)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -288,28 +295,31 @@ def main(argv=None):
     if args.focal is not None and not args.focal > 0:
         parser.error(f"--focal must be above 0, got {args.focal}")
     predict, facts = load_predictor(args.model, args.device)
+    if facts["fixed"] and size not in (None, tuple(facts["size"])):
+        raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only: export it with --size or --dynamic")
     if args.images:
         return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
-                                args.geometry or "full", args.focal, args.ply)
+                                args.focal, args.ply)
 
     protocol = dict(PROTOCOLS[args.protocol])
-    native, flip = protocol.pop("native"), protocol.pop("flip") if args.flip is None else args.flip
-    protocol.pop("flip", None)
-    at = size or tuple(facts["size"] if facts["fixed"] or not native else facts["whole_size"])
-    geometry = args.geometry or ("full" if native else "fastdepth")
+    native, own_flip = protocol.pop("native"), protocol.pop("flip")
+    flip = own_flip if args.flip is None else args.flip
+    protocol["max_depth"] = protocol["max_depth"] or facts["max_depth"]
+    at = size or (frame_size(facts) if native else tuple(facts["size"]))
+    geometry = args.geometry or ("full" if native else facts["geometry"] if args.protocol == "own" else "fastdepth")
     dataset = open_dataset(args.data, args.split, None if native else at, geometry=geometry, depth_scale=args.depth_scale)
-    if native and (found := tuple(dataset[0][1].shape[-2:])) != (480, 640):
+    if native and (found := dataset.read(0)[1].shape) != (480, 640):
         raise ValueError(f"{dataset.files[0]}: protocol {args.protocol} is defined for 480x640 frames, this is {found[0]}x{found[1]}: "
-                         "use --protocol fastdepth")
-    loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers, worker_init_fn=ignore_interrupt)
-    predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else None
-    result, _ = evaluate(predict, loader, **protocol, view=view, what="evaluating")
+                         "use --protocol own")
+    predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else lambda image: image
+    loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
+    result, _ = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
     print(f"{args.model} on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
           f"{result['images']} images, {result['skipped']} without depth skipped")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
     sheet = args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png")
-    sample_sheet(predict, dataset, sheet, protocol["max_depth"], view=view)
+    sample_sheet(lambda image: predict(view(image)), dataset, sheet, protocol["max_depth"])
     print(f"pictures: {sheet}")
     if args.json:
         Path(args.json).write_text(json.dumps(dict(vars(args), **result), indent=1) + "\n")

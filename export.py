@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import Parser, open_dataset, read_image, render, run_script
 from eval import find_pictures, load_predictor, shown
-from model import MODELS, count, load_model
+from model import count, load_model
 
 TOLERANCE = 1e-3  # metres; float32 in another order of summation gives about 1e-5
 
@@ -52,7 +52,7 @@ def export_onnx(model, file, size, facts, dynamic=False):
         program = torch.onnx.export(fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
                                     opset_version=18, dynamo=True, external_data=False, verbose=False, dynamic_shapes=(free,))
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(dict(facts, size=list(size), unit="metres", fixed=not dynamic))})
+    onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(dict(facts, size=list(facts["size"] if dynamic else size), unit="metres", fixed=not dynamic))})
     partial = Path(file).with_suffix(".partial")
     try:
         onnx.save(proto, partial)
@@ -97,10 +97,9 @@ def main(argv=None):
 
     model, facts = load_model(args.model)
     size, out = tuple(args.size or facts["size"]), Path(args.out or Path(args.model).with_suffix(".onnx"))
-    if size[0] % 32 or size[1] % 32:
+    if any(n % 32 or n <= 0 for n in size):
         parser.error(f"--size must be multiples of 32, got {size[0]} {size[1]}")
     image = real_input(args, size, facts["geometry"])
-    facts = dict(facts, whole_size=MODELS[facts["model"]]["whole_size"])
     try:
         export_onnx(model, out, size, facts, args.dynamic)
     except ImportError as error:

@@ -413,7 +413,7 @@ class NNConv5(nn.Module):
     code: x2, then head. Here: head, then x2, which gives the same numbers for a quarter of the head's work and without
     the largest map of the network. (Only the running variance's n/(n-1) differs, in training.)
     """
-    output_stride = 1
+    output_stride, options = 1, ("conv", "skip")
 
     def __init__(self, channels, output, widths=None, conv="depthwise", skip="add"):
         super().__init__()
@@ -453,7 +453,7 @@ class NNConv5(nn.Module):
 
 class LayerTableDecoder(nn.Module):
     """The layer table's decoder: transposed convolutions, each followed by a convolution over [upconv, skip]."""
-    output_stride = 1
+    output_stride, options = 1, ()
 
     def __init__(self, channels, output):
         super().__init__()
@@ -486,7 +486,7 @@ class DenseDepthDecoder(nn.Module):
 
     Both convolutions of a step have their LeakyReLU 0.2, as in the authors' code; a widely copied port leaves out the first.
     """
-    output_stride = 2
+    output_stride, options = 2, ()
 
     def __init__(self, channels, output):
         super().__init__()
@@ -518,7 +518,7 @@ class DenseDepthDecoder(nn.Module):
 
 class FeaturePyramid(nn.Module):
     """Feature Pyramid Networks for Object Detection (Lin et al. 2017), and a head that reads depth from its largest map."""
-    output_stride = 4
+    output_stride, options = 4, ()
 
     def __init__(self, channels, output, width=256):
         super().__init__()
@@ -594,7 +594,7 @@ def build_model(name, max_depth=10.0, output=None, **options):
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(MODELS)}")
     spec = MODELS[name]
     encoder, metres = spec["encoder"](), Metres(output or spec["output"], max_depth)
-    known = ("conv", "skip") if "NNConv5" in str(spec["decoder"]) else ()
+    known = getattr(spec["decoder"], "func", spec["decoder"]).options
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{name} does not take the option {unknown[0]}, only {', '.join((*known, 'output'))}")
     return initialise(DepthNet(encoder, spec["decoder"](encoder.channels, metres, **options)), metres)
@@ -688,7 +688,9 @@ def read_file(file):
 
 
 def first_line(error):
-    return f"{type(error).__name__} {error}".strip().split("\n")[0]
+    """What went wrong, in one line. (load_state_dict says it in its second.)"""
+    lines = [line.strip() for line in str(error).split("\n")]
+    return f"{type(error).__name__} {lines[lines[0].startswith('Error(s) in loading') and len(lines) > 1]}".strip()
 
 
 def load_model(file, device="cpu"):
@@ -780,12 +782,14 @@ def main():
     if name is None:
         print(f"{'network':18}{'input':>10}{'output':>9}{'parameters':>13}{'conv weights':>14}{'GMACs':>9}")
         for name, spec in MODELS.items():
-            (height, width), model = spec["size"], build_model(name)
+            with torch.device("meta"):  # sizes need no numbers
+                (height, width), model = spec["size"], build_model(name)
             n = count(model, height, width)
             print(f"{name:18}{f'{height}x{width}':>10}{f'1/{model.output_stride}':>9}{n['parameters']:13,}"
                   f"{n['conv_weights']:14,}{n['macs'] / 1e9:9.4f}")
         return
-    (height, width), model = MODELS[name]["size"], build_model(name)
+    with torch.device("meta"):
+        (height, width), model = MODELS[name]["size"], build_model(name)
     print(f"{'layer':42}{'output':>16}{'weights':>12}{'MMACs':>10}")
     for layer, shape, weights, macs in layers(model, height, width):
         print(f"{layer:42}{' x '.join(map(str, shape)):>16}{weights:12,}{macs / 1e6:10.2f}")

@@ -4,9 +4,9 @@
     python train.py --epochs 10 --data nyu                       # any data set that data.py knows
     python train.py --resume runs/fastdepth-1                    # go on after Ctrl-C, bit for bit
 
-The defaults are FastDepth's recipe (Wofk et al. 2019): L1 loss, SGD with momentum 0.9 and weight decay 1e-4, batch 8.
-The learning rate follows ReduceLROnPlateau, and its start was chosen by measurement (README). Everything goes to
---out: last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
+Loss, optimizer and batch are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight decay 1e-4, 8
+pictures. Learning rate, plateau schedule and augmentation were chosen by measurement (README). Everything goes to --out:
+last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
 """
 import argparse
 import itertools
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import GEOMETRIES, Parser, check_device, have_rooms, ignore_interrupt, open_dataset, progress, run_script, valid_mask, write_rooms
+from data import GEOMETRIES, Parser, batches, check_device, have_rooms, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
 from model import MODELS, build_model, count, load_encoder, load_model
+
+ROOMS = Path("data/rooms")  # rendered on first use
 
 # ------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -33,7 +35,7 @@ from model import MODELS, build_model, count, load_encoder, load_model
 def make_parser():
     p = Parser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
-    p.add_argument("--data", default="data/rooms", help="data set; the default is rendered on first use")
+    p.add_argument("--data", default=str(ROOMS), help="data set; the default is rendered on first use")
     p.add_argument("--rooms", type=int, default=768, help="how many training rooms are rendered for data/rooms")
     p.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
     p.add_argument("--max-depth", type=float, default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
@@ -77,11 +79,13 @@ def parse(argv):
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume:
-        file = Path(args.resume) / "last.pt"
+        args.resume = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
+        folder = args.resume
+        file = Path(folder) / "last.pt"
         saved = load_checkpoint(file)
         parser.set_defaults(**saved["args"])  # as before, but for what is given now
         args = parser.parse_args(argv)
-        args.out = args.resume
+        args.out = folder
         for name in ("model", "options", "optimizer"):
             if getattr(args, name) != saved["args"][name]:
                 raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
@@ -99,7 +103,7 @@ def parse(argv):
     args.lr = args.lr or {"sgd": 0.05, "adam": 1e-3}[args.optimizer]
     if args.amp is None:
         fast = torch.cpu.get_capabilities() if args.device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        bf16 = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else fast.get("avx512_bf16") or fast.get("amx_bf16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else fast.get("avx512_bf16") or fast.get("amx_bf16")
         args.amp = "bf16" if bf16 else "none"
     check_device(args.device)
     return args, saved
@@ -124,7 +128,7 @@ def save_checkpoint(file, state):
 
 def load_checkpoint(file):
     """What save_checkpoint wrote, on the CPU."""
-    load_model(file)  # names the file and the cure if it is not one
+    load_model(file)  # names the file and the cure if it is no network
     return torch.load(file, map_location="cpu")
 
 
@@ -178,7 +182,7 @@ def draw_curves(file, history, constant):
 
 
 def constant_map(dataset, max_depth, most=512):
-    """The mean depth of each pixel over at most 512 training frames, (1, 1, H, W): the best answer without looking."""
+    """The mean depth of each pixel over at most 512 training frames, (1, 1, H, W): the answer of least squared error without looking."""
     total = seen = 0
     for i in torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist():
         depth = dataset[i][1]
@@ -189,7 +193,7 @@ def constant_map(dataset, max_depth, most=512):
 
 
 def scheduled_lr(args, rate, epoch):
-    """The learning rate at a point in time, counted in epochs with fractions. rate: where plateau has brought it."""
+    """The learning rate at a point in time, counted in epochs with fractions. rate: --lr, or where plateau has brought it."""
     factor = min(1, epoch / args.warmup) if args.warmup else 1
     if args.schedule == "cosine":
         factor *= (1 + math.cos(math.pi * epoch / args.epochs)) / 2
@@ -201,18 +205,17 @@ def scheduled_lr(args, rate, epoch):
 def main(argv=None):
     """Train as the flags say; returns the validation metrics of the best epoch."""
     args, saved = parse(argv)
-    if args.data == "data/rooms" and not have_rooms(args.data, args.rooms):
-        write_rooms(args.data, args.rooms)
+    if Path(args.data) == ROOMS and not have_rooms(ROOMS, args.rooms):
+        write_rooms(ROOMS, args.rooms)
     torch.manual_seed(args.seed)
 
     # Data
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
-    augment = dict(none=False, flip="flip", paper=True)[args.augment]
-    train_set = open_dataset(args.data, "train", augment=augment, seed=args.seed, **common)
+    train_set = open_dataset(args.data, "train", augment=args.augment, seed=args.seed, **common)
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
         raise ValueError(f"{args.data}: {len(train_set)} training pairs are less than a batch of {args.batch_size}: lower --batch-size")
-    loading = dict(batch_size=args.batch_size, num_workers=args.workers, worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
+    loading = dict(batch_size=args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
     val_loader = torch.utils.data.DataLoader(val_set, **loading)
     steps = len(train_set) // args.batch_size  # an incomplete last batch is left out: batch norm wants full ones
 
@@ -233,7 +236,7 @@ def main(argv=None):
     criterion = make_loss(args.loss, args.max_depth)
     make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
     optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # PyTorch's patience of 10 epochs and threshold of 0.01 % would never act in a run of 10 noisy epochs.
+    # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, threshold=0.01)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
     network = torch.compile(model) if args.compile else model
@@ -247,8 +250,7 @@ def main(argv=None):
         plateau.load_state_dict(saved["plateau"])
         scaler.load_state_dict(saved["scaler"])
         history, best = saved["history"], saved["best"]
-        if args.schedule == "plateau" and args.lr == saved["args"]["lr"]:
-            rate = optimizer.param_groups[0]["lr"]
+        rate = saved["rate"] if args.lr == saved["args"]["lr"] else args.lr
         for group in optimizer.param_groups:  # flags that may have been given anew
             group["weight_decay"] = args.weight_decay
             if args.optimizer == "sgd":
@@ -265,7 +267,7 @@ def main(argv=None):
     constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: the mean of each pixel, without looking")
-    if args.dry_run or len(history) >= args.epochs:
+    if args.dry_run:
         return best
     out = Path(args.out) if args.out else claim_folder(args.model)
     print(f"results     {out}")
@@ -273,7 +275,7 @@ def main(argv=None):
     def save(name):
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth, weights=model.state_dict(),
-            optimizer=optimizer.state_dict(), plateau=plateau.state_dict(), scaler=scaler.state_dict(), history=history, best=best,
+            optimizer=optimizer.state_dict(), rate=rate, plateau=plateau.state_dict(), scaler=scaler.state_dict(), history=history, best=best,
             args={name: value for name, value in vars(args).items() if name not in ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")}))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -289,7 +291,7 @@ def main(argv=None):
             loader = torch.utils.data.DataLoader(train_set, shuffle=True, generator=order, drop_last=True, **loading)
             model.train()
             total, start = 0.0, time.time()
-            for step, (image, depth, index) in enumerate(loader):
+            for step, (image, depth, index) in enumerate(batches(loader)):
                 for group in optimizer.param_groups:
                     group["lr"] = scheduled_lr(args, rate, epoch + step / steps)
                 image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)

@@ -45,6 +45,11 @@ def blobs(seed, height, width, channels=3):
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, channels)
 
 
+def last_norm(model):
+    """The batch norm before the answer: its weight spreads the metres, its bias is their mean."""
+    return [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)][-1]
+
+
 def save_network(file, network, **changes):
     facts = dict(model="fastdepth-pruned", options={}, size=(64, 64), geometry="fastdepth", max_depth=10.0)
     torch.save(facts | changes | dict(weights=network.state_dict()), file)
@@ -53,13 +58,14 @@ def save_network(file, network, **changes):
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory):
-    """A checkpoint that answers about 1 to 5 m, and its network in eval mode."""
+    """A checkpoint that answers 0 to over 10 m, and its network in eval mode."""
     torch.manual_seed(0)
     model = build_model("fastdepth-pruned")
     pictures = torch.stack([torch.from_numpy(blobs(seed, 64, 64)) for seed in range(8)]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         for _ in range(30):  # batch norm learns what to expect
             model(pictures)
+        last_norm(model).weight *= 3
     return save_network(tmp_path_factory.mktemp("network") / "best.pt", model), model.eval()
 
 
@@ -179,7 +185,7 @@ def test_a_protocol_is_what_its_definition_says(protocol, flags, flip, network, 
         if protocol == "fastdepth":
             image, truth = (x.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((64, 64), NEAREST) for x in (image, truth))
         else:
-            image = image.resize((256, 256), NEAREST)
+            image = image.resize((64, 64), NEAREST)  # 64 of the 228 rows of the crop are 70 of all 250: 64, to a multiple of 32
         x, truth = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255, np.array(truth)
         with torch.no_grad():
             pred = (model(x) + model(x.flip(-1)).flip(-1)) / 2 if flip else model(x)
@@ -197,8 +203,7 @@ def test_a_protocol_is_what_its_definition_says(protocol, flags, flip, network, 
 def test_a_protocol_looks_at_its_crop_and_not_a_pixel_further(protocol, tmp_path):
     (top, bottom), (left, right), *_ = DEFINITION[protocol]
     model = build_model("fastdepth-pruned")
-    *_, head = (layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d))
-    torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, 2)  # answers 2 m, whatever it sees
+    torch.nn.init.zeros_(last_norm(model).weight), torch.nn.init.constant_(last_norm(model).bias, 2)  # answers 2 m, whatever it sees
     file = save_network(tmp_path / "two.pt", model)
     depth = np.full((480, 640), 9)
     depth[top:bottom, left:right] = 2
@@ -229,22 +234,32 @@ def test_a_whole_picture_is_shown_at_the_scale_of_training(height, width, whole,
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size, geometry, fixed, expected", [
+    ((224, 224), "fastdepth", False, (256, 256)),  # 224 * 250 / 228 and 224 * 333 / 304, to a multiple of 32
+    ((480, 640), "full", False, (480, 640)),
+    ((224, 224), "fastdepth", True, (224, 224)),  # an .onnx file of one size
+])
+def test_a_whole_frame_is_shown_at_the_scale_of_training(size, geometry, fixed, expected):
+    assert eval.frame_size(dict(size=size, geometry=geometry, fixed=fixed)) == expected
+
+
 def predicted(network, out, *flags):
     """The depth that `python eval.py --images` writes: name -> (H, W) metres."""
     eval.main([network[0], "--device", "cpu", "--out", str(out), *map(str, flags)])
     return {file.stem: np.load(file) for file in sorted(out.glob("*.npy"))}
 
 
-def test_a_prediction_is_the_network_at_its_scale_enlarged_to_the_picture(network, tmp_path):
-    picture = Image.fromarray(blobs(9, 300, 400))
+@pytest.mark.parametrize("height, width, flags, size", [
+    (300, 400, (), (256, 256)), (400, 300, (), (352, 192)), (300, 400, ("--size", 96, 64), (96, 64))])
+def test_a_prediction_is_the_network_at_its_scale_enlarged_to_the_picture(height, width, flags, size, network, tmp_path):
+    picture = Image.fromarray(blobs(9, height, width))
     picture.save(tmp_path / "photo.png")
-    for flags, size in ((), (256, 256)), (("--size", 96, 64), (96, 64)):
-        image = torch.from_numpy(np.array(picture.resize(size[::-1], NEAREST))).permute(2, 0, 1)[None] / 255
-        with torch.no_grad():
-            expected = cv2.resize(network[1](image)[0, 0].numpy(), (400, 300), interpolation=cv2.INTER_LINEAR)
-        found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", *flags)["photo"]
-        np.testing.assert_allclose(found, expected, atol=1e-3)
-        assert np.ptp(found) > 0.5
+    image = torch.from_numpy(np.array(picture.resize(size[::-1], NEAREST))).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        expected = cv2.resize(network[1](image)[0, 0].numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
+    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", *flags)["photo"]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.ptp(found) > 0.5
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (60, 80), (80, 60), (7, 300), (300, 7)])

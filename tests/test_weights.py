@@ -132,10 +132,10 @@ def test_the_larger_networks_have_the_known_sizes(name, height, width, parameter
 
 
 @pytest.mark.parametrize("encoder", ["fastdepth-pruned", "fastdepth-v2", "densedepth", "fpn"])
-@pytest.mark.parametrize("decoder", ["fastdepth", "densedepth", "fpn"])
+@pytest.mark.parametrize("decoder", [networks.NNConv5, networks.DenseDepthDecoder, networks.FeaturePyramid])
 def test_any_encoder_goes_with_any_decoder_of_five_maps(encoder, decoder):
     parts = MODELS[encoder]["encoder"]()
-    network = networks.DepthNet(parts, MODELS[decoder]["decoder"](parts.channels, networks.Metres("relu", 10.0)))
+    network = networks.DepthNet(parts, decoder(parts.channels, networks.Metres("relu", 10.0)))
     depth = network.eval()(torch.rand(1, 3, 64, 96))
     assert depth.shape == (1, 1, 64 // network.output_stride, 96 // network.output_stride)
 
