@@ -250,7 +250,7 @@ def predicted(network, out, *flags):
 
 
 @pytest.mark.parametrize("height, width, flags, size", [
-    (300, 400, (), (256, 256)), (400, 300, (), (352, 192)), (300, 400, ("--size", 96, 64), (96, 64))])
+    (300, 400, (), (64, 64)), (400, 300, (), (96, 64)), (300, 400, ("--size", 64, 96), (64, 96))])
 def test_a_prediction_is_the_network_at_its_scale_enlarged_to_the_picture(height, width, flags, size, network, tmp_path):
     picture = Image.fromarray(blobs(9, height, width))
     picture.save(tmp_path / "photo.png")
