@@ -202,7 +202,8 @@ def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0
     source_cols = nearest(box_w, grid_w) + (width - box_w) // 2
     top, left = round((grid_h - crop_h) / 2), round((grid_w - crop_w) / 2)
 
-    y = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * crop_h / size[0] - crop_h / 2)[:, None]  # grid pixels from the centre of the crop
+    # Grid pixels from the centre of the crop to the centre of each output pixel
+    y = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * crop_h / size[0] - crop_h / 2)[:, None]
     x = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * crop_w / size[1] - crop_w / 2)[None, :]
     x = -x if flip else x
     cos, sin = math.cos(math.radians(angle)) / zoom, math.sin(math.radians(angle)) / zoom
@@ -439,7 +440,8 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     ahead = torch.stack([toward[:, 0], s["pitch"].sin(), toward[:, 1]], -1)
     side = F.normalize(torch.stack([ahead[:, 2], 0 * ahead[:, 0], -ahead[:, 0]], -1), dim=-1)
     up = torch.linalg.cross(ahead, side)
-    side, up = (side * s["roll"].cos()[:, None] + up * s["roll"].sin()[:, None], up * s["roll"].cos()[:, None] - side * s["roll"].sin()[:, None])
+    cos, sin = s["roll"].cos()[:, None], s["roll"].sin()[:, None]
+    side, up = side * cos + up * sin, up * cos - side * sin
     axes = torch.stack([side, up, ahead], -1)  # (B, 3, 3), columns: the camera's axes in the world
     rays, eye = sum(axes[:, :, k, None] * cam[k] for k in range(3)), s["eye"][:, :, None]  # (B, 3, N), (B, 3, 1)
 
@@ -461,7 +463,7 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     turn, material, visible = turn.gather(1, order), s["material"].gather(1, order), visible.gather(1, order)
 
     # The room itself is the box that every ray leaves; then the nearest box that it enters.
-    shell = torch.stack([s["room"] * torch.tensor([-.5, 0, -.5], device=device), s["room"] * torch.tensor([.5, 1, .5], device=device)], -1)
+    shell = s["room"][:, :, None] * torch.tensor([[-.5, .5], [0, 1], [-.5, .5]], device=device)  # (B, 3, 2): low, high
     depth = torch.maximum((shell[:, :, :1] - eye) / rays, (shell[:, :, 1:] - eye) / rays).amin(1)  # (B, N)
     hit = torch.full_like(depth, -1, dtype=torch.long)
     for k in range(order.shape[1]):
@@ -674,8 +676,8 @@ def main(argv=None):
         image, depth = ds.read(i)
         values.append(depth)
         far = np.quantile(depth[depth > 0], 0.99)
-        cell = [torch.from_numpy(x)[tuple(sampling_grid(*depth.shape, (180, 240), "full")[:2])].numpy() for x in (image, colourise(depth, 0, far))]
-        rows.append(np.concatenate(cell, 1))
+        grid = tuple(t.numpy() for t in sampling_grid(*depth.shape, (180, 240), "full")[:2])
+        rows.append(np.concatenate([image[grid], colourise(depth, 0, far)[grid]], 1))
     measured = np.concatenate([d[d > 0] for d in values])
     q = np.quantile(measured, (0, .01, .5, .99, 1))
     print(f"size:   {' '.join(sorted({f'{d.shape[0]}x{d.shape[1]}' for d in values}))} in {len(picked)} pairs looked at")

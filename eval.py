@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress, read_image, run_script,
-                  sampling_grid, tile, to_picture, valid_mask)
+from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress,
+                  read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
 from model import load_model
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def whole_picture_size(height, width, frame):
     """The multiple of 32 at which a whole picture of any shape is shown to a network, so that things have the size of
     training: frame is that of a 480x640 frame, and cameras are taken to have its angle along the longer side."""
     scale = 640 / max(height, width)
-    return tuple(max(32, round(n * scale * shown / full / 32) * 32) for n, shown, full in ((height, frame[0], 480), (width, frame[1], 640)))
+    return tuple(max(32, round(n * scale * to / of / 32) * 32) for n, to, of in zip((height, width), frame, (480, 640)))
 
 
 def shown(size, geometry):
@@ -239,7 +239,7 @@ def predict_pictures(predict, facts, files, out, size=None, focal=None, ply=Fals
         for suffix in (".png", ".npy", "_colour.png") + (".ply",) * ply:
             target = (out / (file.stem + suffix)).resolve()
             if target in taken:
-                raise ValueError(f"{file}: its result {out / (file.stem + suffix)} would overwrite another file: choose another --out, or name it otherwise")
+                raise ValueError(f"{file}: its result {target.name} would overwrite another file: choose another --out or name")
             taken.add(target)
     out.mkdir(parents=True, exist_ok=True)
     for file in files:

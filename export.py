@@ -52,7 +52,8 @@ def export_onnx(model, file, size, facts, dynamic=False):
         program = torch.onnx.export(fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
                                     opset_version=18, dynamo=True, external_data=False, verbose=False, dynamic_shapes=(free,))
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(dict(facts, size=list(facts["size"] if dynamic else size), unit="metres", fixed=not dynamic))})
+    facts = dict(facts, size=list(facts["size"] if dynamic else size), unit="metres", fixed=not dynamic)
+    onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(facts)})
     partial = Path(file).with_suffix(".partial")
     try:
         onnx.save(proto, partial)
@@ -89,7 +90,7 @@ def main(argv=None):
     parser.add_argument("model", help="a .pt file of train.py")
     parser.add_argument("--out", help="(default: the same name with .onnx)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of training)")
-    parser.add_argument("--dynamic", action="store_true", help="free height and width too: for ONNX Runtime and OpenCV 5, not for OpenCV 4")
+    parser.add_argument("--dynamic", action="store_true", help="free height and width too (not for OpenCV 4)")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on (default: rendered rooms)")
     parser.add_argument("--data", help="data set to compare on")
     parser.add_argument("--bench", action="store_true", help="also time PyTorch and ONNX Runtime on one picture")

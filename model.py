@@ -164,8 +164,8 @@ MOBILENET = (
 FULL = [(row, k, s, i, o, m) for row, k, s, i, o, _, _, m in MOBILENET]
 PRUNED = [(row, k, s, i, o, m) for row, k, s, _, _, i, o, m in MOBILENET]
 
-# This project's own table, with ReLU throughout. Its strides come one block earlier than FastDepth's, so it has two maps at 1/4 and only the
-# stem's at 1/2.
+# This project's own table, with ReLU throughout. Its strides come one block earlier than FastDepth's, so it has two maps at
+# 1/4 and only the stem's at 1/2.
 #    row       kernel stride    in    out    map      output at 224x224
 LAYER_TABLE_ENCODER = (
     ("initial",   3,    2,       3,    32,  "1/2"),   # 112 x 112  --> iconv1, enlarged
@@ -500,7 +500,8 @@ class DenseDepthDecoder(nn.Module):
 
     @staticmethod
     def step(cin, cout):
-        return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(cout, cout, 3, padding=1), nn.LeakyReLU(0.2))
+        return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), nn.LeakyReLU(0.2),
+                             nn.Conv2d(cout, cout, 3, padding=1), nn.LeakyReLU(0.2))
 
     def offset(self):
         """The parameter that shifts every answer."""
@@ -526,7 +527,8 @@ class FeaturePyramid(nn.Module):
         self.lateral2, self.lateral3 = nn.Conv2d(c2, width, 1), nn.Conv2d(c3, width, 1)
         self.lateral4, self.lateral5 = nn.Conv2d(c4, width, 1), nn.Conv2d(c5, width, 1)
         self.smooth2, self.smooth3, self.smooth4 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
-        self.head = nn.Sequential(nn.Conv2d(width, width // 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width // 4, 1, 3, padding=1))
+        self.head = nn.Sequential(nn.Conv2d(width, width // 4, 3, padding=1), nn.ReLU(inplace=True),
+                                  nn.Conv2d(width // 4, 1, 3, padding=1))
         self.metres = output
 
     def offset(self):
@@ -632,7 +634,8 @@ class StandInUnpickler(pickle.Unpickler):
     FastDepth's files are whole pickled modules: torch.load refuses them, and pickle would import and run what they name.
     """
     MODULES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # classes of PyTorch and of the authors' scripts
-    TENSORS = ("collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+    TENSORS = ("collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
+               "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
                "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
                "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numbers of best_result
 
@@ -719,7 +722,8 @@ def load_model(file, device="cpu"):
             reason = error
             continue
         spec = MODELS[name]
-        return model.to(device).eval(), dict(model=name, options=options if name == "fastdepth" else {}, size=spec["size"], geometry=spec["geometry"], max_depth=10.0)
+        facts = dict(model=name, options=options if name == "fastdepth" else {}, max_depth=10.0)
+        return model.to(device).eval(), facts | {key: spec[key] for key in ("size", "geometry")}
     raise ValueError(f"{file}: a pickled {kind} that is none of FastDepth's networks ({reason})")
 
 
@@ -736,7 +740,8 @@ def load_encoder(model, file=None):
         try:
             state = torch.hub.load_state_dict_from_url(encoder.url, map_location="cpu", check_hash=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{encoder.url}: cannot be downloaded ({first_line(error)}): fetch it elsewhere and give --encoder-weights FILE") from None
+            raise ValueError(f"{encoder.url}: cannot be downloaded ({first_line(error)}): fetch it elsewhere and give "
+                             "--encoder-weights FILE") from None
     try:
         return place(encoder, state, encoder.unused)
     except (ValueError, AttributeError) as error:

@@ -74,6 +74,14 @@ def make_parser():
     return p
 
 
+def computes_bf16(device):
+    """Whether the processor multiplies bfloat16 itself; emulated, it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return can.get("avx512_bf16") or can.get("amx_bf16")
+
+
 def parse(argv):
     """-> flags, and the checkpoint to go on from or None."""
     parser = make_parser()
@@ -101,11 +109,9 @@ def parse(argv):
     if any(n % 32 or n <= 0 for n in args.size):
         parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
     args.lr = args.lr or {"sgd": 0.05, "adam": 1e-3}[args.optimizer]
-    if args.amp is None:
-        fast = torch.cpu.get_capabilities() if args.device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else fast.get("avx512_bf16") or fast.get("amx_bf16")
-        args.amp = "bf16" if bf16 else "none"
     check_device(args.device)
+    if args.amp is None:
+        args.amp = "bf16" if computes_bf16(args.device) else "none"
     return args, saved
 
 
@@ -225,8 +231,8 @@ def main(argv=None):
     if args.init:
         initial, facts = load_model(args.init)
         if (facts["model"], facts["options"]) != (args.model, options):
-            flags = " ".join([f"--model {facts['model']}"] + ["--options"] * bool(facts["options"]) + [f"{k}={v}" for k, v in facts["options"].items()])
-            raise ValueError(f"{args.init}: holds another network: use {flags}")
+            flags = " ".join(f"{key}={value}" for key, value in facts["options"].items())
+            raise ValueError(f"{args.init}: holds another network: use --model {facts['model']}{' --options ' * bool(flags)}{flags}")
         model.load_state_dict(initial.state_dict())
     if not saved and (args.pretrained or args.encoder_weights):
         unused = load_encoder(model, args.encoder_weights)
@@ -260,23 +266,27 @@ def main(argv=None):
 
     # The plan
     print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
-    print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, {args.size[0]}x{args.size[1]} ({args.geometry})")
-    print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
+    print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, "
+          f"{args.size[0]}x{args.size[1]} ({args.geometry})")
+    print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, "
+          f"output 1/{model.output_stride}")
     print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
           f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
     constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
-    print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: the mean of each pixel, without looking")
+    print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "
+          "the mean of each pixel, without looking")
     if args.dry_run:
         return best
     out = Path(args.out) if args.out else claim_folder(args.model)
     print(f"results     {out}")
 
     def save(name):
+        once = ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")  # flags of a start, not of a run
         save_checkpoint(out / name, dict(
-            model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth, weights=model.state_dict(),
-            optimizer=optimizer.state_dict(), rate=rate, plateau=plateau.state_dict(), scaler=scaler.state_dict(), history=history, best=best,
-            args={name: value for name, value in vars(args).items() if name not in ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")}))
+            model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
+            weights=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(), scaler=scaler.state_dict(),
+            rate=rate, history=history, best=best, args={flag: value for flag, value in vars(args).items() if flag not in once}))
 
     out.mkdir(parents=True, exist_ok=True)
     if not saved:
@@ -303,7 +313,8 @@ def main(argv=None):
                 loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))
                 if not math.isfinite(value := loss.item()):
                     files = " ".join(train_set.files[i] for i in index)
-                    print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}", file=sys.stderr)
+                    print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
+                          file=sys.stderr)
                     raise SystemExit(1)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
