@@ -328,6 +328,9 @@ def main(argv=None):
 
             model.eval()
             result, _ = evaluate(lambda image: model(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)
+            if not math.isfinite(result["rmse"]):
+                print(f"\nthe validation RMSE is {result['rmse']} after epoch {epoch + 1}: lower --lr, or set --clip", file=sys.stderr)
+                raise SystemExit(1)
             row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], loss=total / steps, **result, seconds=time.time() - start)
             history.append(row)
             if args.schedule == "plateau":

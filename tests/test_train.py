@@ -369,6 +369,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(finished, t
     assert contents(out) == before
 
 
+def test_a_validation_that_is_not_finite_stops_the_run_and_never_becomes_the_best(finished, tmp_path, monkeypatch, capsys):
+    out = copy_of(finished[0], tmp_path / "run")
+    before = contents(out)
+    values = iter([1.0, float("nan")])  # of the constant map, and of the network
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": next(values)}, None))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(out), "--epochs", "3"])
+    assert stop.value.code == 1 and "nan after epoch 3" in capsys.readouterr().err
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("error, becomes", [(RuntimeError("PytorchStreamWriter failed writing file"), ValueError),
                                             (OSError(28, "No space left on device"), ValueError),
                                             (KeyboardInterrupt(), KeyboardInterrupt)])
