@@ -549,26 +549,27 @@ class FeaturePyramid(nn.Module):
 # Networks
 # ------------------------------------------------------------------------------------------------------------------
 
-# size and geometry (data.py) are those of training and of the paper's evaluation.
+# size and geometry (data.py) are those of training and of the paper's evaluation; lr is where SGD starts. A decoder without
+# batch norm wants less: fpn at 0.05 was not finite after one short epoch.
 MODELS = {
     "fastdepth": dict(
         encoder=lambda: MobileNet(FULL), decoder=partial(NNConv5, widths=(512, 256, 128, 64, 32)), output="relu",
-        size=(224, 224), geometry="fastdepth"),
+        size=(224, 224), geometry="fastdepth", lr=0.05),
     "fastdepth-pruned": dict(
         encoder=lambda: MobileNet(PRUNED), decoder=partial(NNConv5, widths=(200, 256, 120, 56, 16)), output="relu",
-        size=(224, 224), geometry="fastdepth"),
+        size=(224, 224), geometry="fastdepth", lr=0.05),
     "fastdepth-table": dict(
         encoder=lambda: MobileNet(LAYER_TABLE_ENCODER, nn.ReLU), decoder=LayerTableDecoder, output="linear",
-        size=(224, 224), geometry="fastdepth"),
+        size=(224, 224), geometry="fastdepth", lr=0.05),
     "fastdepth-v2": dict(
         encoder=MobileNetV2, decoder=partial(NNConv5, widths=(96, 32, 24, 16, 16)), output="relu",
-        size=(224, 224), geometry="fastdepth"),
+        size=(224, 224), geometry="fastdepth", lr=0.05),
     "densedepth": dict(
         encoder=DenseNet169, decoder=DenseDepthDecoder, output="reciprocal",
-        size=(480, 640), geometry="full"),
+        size=(480, 640), geometry="full", lr=0.005),
     "fpn": dict(
         encoder=ResNet101, decoder=FeaturePyramid, output="relu",
-        size=(480, 640), geometry="full"),
+        size=(480, 640), geometry="full", lr=0.005),
 }
 
 

@@ -55,7 +55,7 @@ def make_parser():
     p.add_argument("--epochs", type=int, default=10)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
-    p.add_argument("--lr", type=float, help="learning rate (default: 0.05 for sgd, 0.001 for adam)")
+    p.add_argument("--lr", type=float, help="learning rate (default: the network's, a fiftieth of it for adam)")
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
@@ -108,7 +108,7 @@ def parse(argv):
     args.size, args.geometry = tuple(args.size or spec["size"]), args.geometry or spec["geometry"]
     if any(n % 32 or n <= 0 for n in args.size):
         parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
-    args.lr = args.lr or {"sgd": 0.05, "adam": 1e-3}[args.optimizer]
+    args.lr = args.lr or spec["lr"] * dict(sgd=1, adam=0.02)[args.optimizer]
     check_device(args.device)
     if args.amp is None:
         args.amp = "bf16" if computes_bf16(args.device) else "none"

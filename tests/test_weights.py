@@ -14,6 +14,8 @@ import torchvision
 from torch import nn
 
 import model as networks
+import train
+from data import write_rooms
 from eval import load_predictor
 from model import MODELS, build_model, count, load_encoder, load_model
 
@@ -232,6 +234,15 @@ def test_a_published_network_is_read_without_its_code_and_answers_the_same(kind,
     assert (facts["model"], facts["options"]) == (name, options)
     with torch.no_grad():
         assert torch.equal(predict(image), network(image))
+
+
+def test_training_starts_from_a_published_file(publish, tmp_path):
+    write_rooms(tmp_path / "rooms", 8)
+    file = publish(season(MobileNetSkipAdd(*PRUNED)), True, True)
+    train.main(["--model", "fastdepth-pruned", "--init", str(file), "--data", str(tmp_path / "rooms"), "--out", str(tmp_path / "run"),
+                "--size", "64", "64", "--batch-size", "4", "--epochs", "1", "--lr", "1e-12", "--device", "cpu", "--amp", "none"])
+    before, after = (dict(load_model(f)[0].named_parameters()) for f in (file, tmp_path / "run" / "last.pt"))
+    assert all(torch.allclose(t, after[name]) for name, t in before.items())
 
 
 def test_the_authors_imagenet_file_fills_the_encoder(tmp_path):
