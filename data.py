@@ -621,6 +621,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all others (run_script)."""
 
     def error(self, message):
+        """What argparse calls for a wrong flag."""
         raise ValueError(message)
 
 

@@ -438,6 +438,7 @@ class NNConv5(nn.Module):
         return self.head.bn.bias
 
     def join(self, x, skip):
+        """x with the encoder's map of the same size: sum, concatenation, or x alone."""
         if self.skip == "none":
             return x
         return x + skip if self.skip == "add" else torch.cat([x, skip], 1)
@@ -500,6 +501,7 @@ class DenseDepthDecoder(nn.Module):
 
     @staticmethod
     def step(cin, cout):
+        """(B, cin, H, W) -> (B, cout, H, W)."""
         return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), nn.LeakyReLU(0.2),
                              nn.Conv2d(cout, cout, 3, padding=1), nn.LeakyReLU(0.2))
 

@@ -33,6 +33,7 @@ ROOMS = Path("data/rooms")  # rendered on first use
 
 
 def make_parser():
+    """Every flag, in groups; the defaults are the README's recipe."""
     p = Parser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
     p.add_argument("--data", default=str(ROOMS), help="data set; the default is rendered on first use")
@@ -149,6 +150,7 @@ def claim_folder(model):
 
 
 def write_log(file, history):
+    """The rows of all epochs as CSV, written anew each time, so that a resumed run's log is whole."""
     lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
     file.write_text("\n".join(lines) + "\n")
 

@@ -317,8 +317,11 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
 
 
 def test_ctrl_c_keeps_the_last_epoch_and_prints_the_command_that_goes_on(flags, tmp_path):
+    def in_the_foreground():  # processes in the background ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags, "--epochs", "300"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=in_the_foreground)
     lines = iter(process.stdout.readline, "")
     assert any(line.split()[:1] == ["1"] for line in lines)  # the first epoch is done
     process.send_signal(signal.SIGINT)
@@ -333,19 +336,26 @@ def test_ctrl_c_keeps_the_last_epoch_and_prints_the_command_that_goes_on(flags, 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
 def test_ctrl_c_while_workers_start_is_as_quiet_as_at_any_other_time(flags, tmp_path):
-    # A terminal sends Ctrl-C to the whole group: here it meets every worker before its first line, and their parent after the third fork.
+    # A terminal sends Ctrl-C to the whole group: here it meets every worker before its first line, and their parent in the third fork.
     script = """
-import os, signal, train
+import os, signal, sys, threading, time, train
 from data import run_script
 from multiprocessing.util import register_after_fork
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # the signal may reach any thread
 fork, n = os.fork, 0
 
 def counting_fork():
     global n
     n, pid = n + 1, fork()
     if n == 3 and pid:
-        signal.raise_signal(signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            print("half the workers are there: too early to stop", file=sys.stderr)
+            raise
     return pid
 
 os.fork = counting_fork
