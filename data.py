@@ -303,14 +303,15 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
 
 
 def batches(loader):
-    """iter(loader), whose worker processes never see Ctrl-C: it is the main process that stops."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this; here the signal only waits
+    """iter(loader), whose worker processes never heed Ctrl-C: it is the main process that stops, once they all are there."""
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))  # forked workers keep this one
     try:
         return iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------------------------------------
