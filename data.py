@@ -14,12 +14,17 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import zlib
+from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -32,11 +37,14 @@ from PIL import Image, ImageDraw, ImageOps
 # ------------------------------------------------------------------------------------------------------------------
 
 
+SCALES = {1000: "NYU, ScanNet", 5000: "TUM", 256: "KITTI"}  # of 16-bit depth: value / scale = metres
+
+
 def to_metres(raw, scale=1000.0, file=""):
     """Depth as stored -> float32 metres, 0 = not measured. The only conversion in the project.
 
-    float: metres; NaN and inf are not measured.  uint16 (or wider): value / scale, 0 and 65535 are not measured (NYU
-    and ScanNet 1000, TUM 5000, KITTI 256).  uint8: 255 = 10 m.  ValueError names the file when nothing is measured or
+    float: metres; NaN and inf are not measured.  uint16 (or wider): value / scale, 0 and 65535 are not measured
+    (SCALES).  uint8: 255 = 10 m.  ValueError names the file when nothing is measured or
     the values must be another unit.
     """
     if raw.ndim != 2:
@@ -47,12 +55,16 @@ def to_metres(raw, scale=1000.0, file=""):
         metres = raw.astype(np.float32) * (10 / 255)
     else:
         metres = np.where(raw == 65535, 0, raw).astype(np.float32) / np.float32(scale)
-    measured = metres[metres > 0]
-    if measured.size == 0:
+    some = metres.ravel()[::97]  # a hundredth of the pixels tells metres from millimetres
+    some = some[some > 0] if some.any() else metres[metres > 0]
+    if some.size == 0:
         raise ValueError(f"{file}: no pixel of this depth map is measured (all are 0, NaN or inf): remove the file")
-    if (median := float(np.median(measured[::97]))) > 200:  # a hundredth of the pixels is enough to tell metres from millimetres
-        cure = "floats must be metres, these look like millimetres" if raw.dtype.kind == "f" else "set --depth-scale"
-        raise ValueError(f"{file}: the median depth would be {median:.0f} m: {cure}")
+    if not 0.05 < (median := float(np.median(some))) < 200:
+        likely = {s: median * scale / s for s in SCALES if 0.5 < median * scale / s < 25}
+        cure = ("floats must be metres" + ", these look like millimetres" * (median > 200) if raw.dtype.kind == "f" else
+                "8-bit depth must have 255 = 10 m" if raw.dtype == np.uint8 else "; ".join(
+                    f"--depth-scale {s} ({SCALES[s]}) would make it {metres:.2g} m" for s, metres in likely.items()) or "set --depth-scale")
+        raise ValueError(f"{file}: the median depth would be {median:.4g} m: {cure}")
     return metres
 
 
@@ -79,64 +91,149 @@ def read_image(file):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Layouts: how each kind of data set is found, and read(source) -> (H, W, 3) uint8, (H, W) float32 metres
+# Layouts: find(root) lists the samples of a data set, read(source, scale) gives one: (H, W, 3) uint8, (H, W) metres
 # ------------------------------------------------------------------------------------------------------------------
+
+SPLITS, PICTURES, DEPTHS = ("train", "val", "test"), (".jpg", ".jpeg", ".png"), (".png", ".npy", ".npz")
+
+
+class Sample(NamedTuple):
+    part: str | None  # train, val or test, where the data set says so
+    scene: str  # a scene is never split between train and val
+    source: object  # what read() takes
+    name: str  # for messages
 
 
 def place_of(path, root):
-    """The part (train, val, test or None) and the scene that a folder's path below root names."""
+    """The part and the scene that a folder's path below root names."""
     where = path.relative_to(root).parts
-    part = where[0] if where and where[0] in ("train", "val", "test") else None
+    part = where[0] if where and where[0] in SPLITS else None
     return part, "/".join(where[1:] if part else where)
 
 
 def find_hdf5(root):
-    """{train,val}/<scene>/*.h5 (FastDepth, sparse-to-dense, rooms) -> [(part, scene, source, name)]."""
-    files = sorted(p for part in ("train", "val", "test") for p in (root / part).glob("**/*.h5"))
-    samples = [(*place_of(p.parent, root), p, str(p)) for p in files]
+    """{train,val}/<scene>/*.h5."""
+    files = sorted(p for part in SPLITS for p in (root / part).glob("**/*.h5"))
+    samples = [Sample(*place_of(p.parent, root), p, str(p)) for p in files]
     # NYU's 654 official test frames: choosing a model on them would be tuning on the test set
-    return [("test", *s[1:]) if s[:2] == ("val", "official") else s for s in samples]
+    return [s._replace(part="test") if (s.part, s.scene) == ("val", "official") else s for s in samples]
+
+
+@contextmanager
+def opened(file, kind):
+    """An HDF5 file; ValueError names it if it is damaged, or is not of its kind."""
+    try:
+        with h5py.File(file) as h5:
+            yield h5
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: is not {kind} ({str(error).strip(chr(39))})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as HDF5 ({error}): replace or remove it") from None
 
 
 def read_hdf5(file, scale):
     """rgb (3, H, W) uint8 and depth (H, W) float metres."""
-    try:
-        with h5py.File(file) as h5:
-            image, depth = h5["rgb"][:], h5["depth"][:]
-    except (KeyError, TypeError):
-        raise ValueError(f"{file}: has no dataset 'rgb' or 'depth': not a FastDepth HDF5 file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as HDF5 ({error}): replace or remove it") from None
+    with opened(file, "a FastDepth HDF5 file") as h5:
+        image, depth = h5["rgb"][:], h5["depth"][:]
     if image.ndim != 3 or len(image) != 3 or image.dtype != np.uint8:
         raise ValueError(f"{file}: rgb must be (3, H, W) uint8, this is {image.shape} {image.dtype}")
     return image.transpose(1, 2, 0), to_metres(depth, scale, file)
 
 
-IMAGE_FOLDERS, PICTURES, DEPTHS = ("rgb", "image", "color"), (".jpg", ".jpeg", ".png"), (".png", ".npy", ".npz")
+# The official split of nyu_depth_v2_labeled.mat as run lengths over its 1449 frames: 2 test frames, 6 train, 1 test, ...
+NYU_RUNS = """
+2 6 1 4 5 2 1 6 16 2 2 8 2 1 5 12 4 4 8 25 3 5 5 1 4 2 1 15 3 11 3 1 6 3 23 4 6 7 3 27 1 13 1 6 3 5 7 10 7 7 3 2 3 7
+11 15 2 2 10 19 7 4 3 13 4 15 6 5 8 13 5 2 9 30 6 1 12 4 3 3 3 9 3 3 17 7 5 7 4 8 5 4 2 3 5 11 6 5 2 4 2 4 3 4 2 3 6 2
+6 4 5 2 2 2 3 6 8 3 2 5 5 2 4 8 2 14 29 12 5 5 5 6 3 9 14 3 3 4 6 6 3 34 3 8 3 6 3 3 4 9 3 11 4 2 3 2 8 13 5 5 4 5 3 8
+3 8 3 3 2 8 2 2 2 3 2 16 10 3 9 1 7 1 4 7 3 3 9 3 2 7 15 3 6 2 2 2 3 2 6 7 5 4 12 3 5 5 5 2 3 11 4 3 12 9 6 4 11 1 3 2
+7 5 2 13 4 2 6 6 3 3 4 7 2 2 2 14 8 2 8 5 8 6 4 5 4 7 9"""
+
+
+def find_mat(root):
+    """nyu_depth_v2_labeled.mat, with the depth that its authors filled in; FILE.mat/rawDepths is depth as the Kinect measured it."""
+    file, depths = (root, "depths") if root.suffix == ".mat" else (root.parent, root.name)
+    if file.suffix != ".mat":
+        return []
+    with opened(file, "NYU's labelled .mat file") as h5:
+        n, scenes = len(h5[depths]), ["".join(map(chr, h5[ref][:].ravel())) for ref in h5["scenes"][:].ravel()]
+    runs = [int(run) for run in NYU_RUNS.split()]
+    official = [part for i, run in enumerate(runs) for part in [(None if i % 2 else "test")] * run]
+    parts = official if n == len(official) else [None] * n
+    return [Sample(parts[i], scenes[i], (file, depths, i), f"{file}/{depths}[{i}]") for i in range(n)]
+
+
+def read_mat(source, scale):
+    """MATLAB's axes come reversed: images (N, 3, W, H) uint8, depths (N, W, H) float metres."""
+    file, depths, i = source
+    with opened(file, "NYU's labelled .mat file") as h5:
+        image, depth = h5["images"][i], h5[depths][i]
+    return image.transpose(2, 1, 0), to_metres(depth.T, scale, f"{file}/{depths}[{i}]")
+
+
+def lines_of(file):
+    """The lines of a text file."""
+    try:
+        return file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: is not text: name a list of pictures and depths, or a folder") from None
+
+
+def find_lists(root):
+    """Lines that name a picture and its depth: root itself, or {train,val,test}.{txt,csv} in it, or Kaggle's nyu2_{train,test}.csv.
+
+    Paths are relative to the list's folder or to the one above. The scene of a frame is the folder of its picture.
+    """
+    names = [(part, root / f"{prefix}{part}{suffix}") for part in SPLITS for prefix in ("", "nyu2_") for suffix in (".txt", ".csv")]
+    lists = [(None, root)] if root.suffix in (".txt", ".csv") else [(part, file) for part, file in names if file.is_file()]
+    samples = []
+    for part, file in lists:
+        for number, line in enumerate(lines_of(file), 1):
+            words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
+            words = [word for word in words if word.lower().endswith(PICTURES + DEPTHS)]  # others are time stamps, focal lengths
+            if not words and (number == 1 or not line.strip() or line.startswith("#")):
+                continue
+            if len(words) != 2:
+                raise ValueError(f"{file}: line {number} does not name a picture and its depth: {line[:60]!r}")
+            paths = [next((p for p in (file.parent / word, file.parent.parent / word) if p.is_file()), None) for word in words]
+            if None in paths:
+                raise ValueError(f"{file}: line {number} points nowhere: no file {words[paths.index(None)]}")
+            samples.append(Sample(part, str(Path(words[0]).parent), tuple(paths), str(paths[0])))
+    return samples
 
 
 def find_pairs(root):
-    """Folders rgb | image | color beside depth, at any level, or NAME_image beside NAME_depth -> [(part, scene, source, name)].
+    """Folders rgb | image | color beside depth, at any level, or NAME_image beside NAME_depth (also _rgb, _colors, .color).
 
-    The scene of a frame is what the rows `frame,scene` of scenes.csv say, else the folder that holds the pair of folders.
+    The scene of a frame is what the rows `frame,scene` of scenes.csv say, else the folder that holds the pair.
     """
     scenes = {}
     if (root / "scenes.csv").is_file():
-        rows = [line.split(",") for line in (root / "scenes.csv").read_text().splitlines()]
+        rows = [line.split(",") for line in lines_of(root / "scenes.csv")]
         scenes = {row[0].strip(): row[1].strip() for row in rows[1:] if len(row) > 1}
     samples = []
     for folder, _, names in sorted(os.walk(root)):
         folder = Path(folder)
-        part, scene = place_of(folder, root)
-        for colour in (folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir() and (folder / "depth").is_dir()):
-            depths = {p.stem: p for p in sorted((folder / "depth").iterdir()) if p.suffix.lower() in DEPTHS}
-            pairs = [(p.stem, p, depths[p.stem]) for p in sorted(colour.iterdir()) if p.suffix.lower() in PICTURES and p.stem in depths]
-            samples += [(part, scenes.get(stem, scene), (image, depth), str(image)) for stem, image, depth in pairs]
-        depths = {p.stem: p for p in map(folder.joinpath, sorted(names)) if p.stem.endswith("_depth") and p.suffix.lower() in DEPTHS}
-        for image in (p for p in map(folder.joinpath, sorted(names)) if p.stem.endswith("_image") and p.suffix.lower() in PICTURES):
-            if depth := depths.get(image.stem[:-5] + "depth"):
-                samples.append((part, scene, (image, depth), str(image)))
+        marked = [(p, re.fullmatch(r"(.+)[._-](?:(image|rgb|colou?rs?)|depth)", p.stem)) for p in map(folder.joinpath, sorted(names))]
+        images = {m[1]: p for p, m in marked if m and m[2] and p.suffix.lower() in PICTURES}
+        depths = {m[1]: p for p, m in marked if m and not m[2] and p.suffix.lower() in DEPTHS}
+        pairs = [(name, images[name], depths[name]) for name in images.keys() & depths.keys()]
+        for colour in (folder / name for name in ("rgb", "image", "color") if (folder / name).is_dir() and (folder / "depth").is_dir()):
+            images = {p.stem: p for p in colour.iterdir() if p.suffix.lower() in PICTURES}
+            depths = {p.stem: p for p in (folder / "depth").iterdir() if p.suffix.lower() in DEPTHS}
+            pairs += [(name, images[name], depths[name]) for name in images.keys() & depths.keys()] or by_time(images, depths)
+        samples += [Sample(place_of(folder, root)[0], scenes.get(name, place_of(folder, root)[1]), (image, depth), str(image))
+                    for name, image, depth in sorted(pairs)]
     return samples
+
+
+def by_time(images, depths, apart=0.02):
+    """TUM names each picture and each depth map by its own time in seconds: those at most 0.02 s apart belong together."""
+    try:
+        times = {float(name): depths[name] for name in depths}
+        nearest_time = {name: min(times, key=lambda t: abs(t - float(name))) for name in images if times}
+    except ValueError:
+        return []
+    return [(name, images[name], times[t]) for name, t in nearest_time.items() if abs(t - float(name)) <= apart]
 
 
 def read_pair(source, scale):
@@ -156,11 +253,73 @@ def read_pair(source, scale):
     return read_image(image_file), to_metres(raw, scale, depth_file)
 
 
-# To add a layout: find(root) lists (part, scene, source, name), with part train, val, test or None; read(source, scale).
+PACK_VERSION = 1  # raise it when the form of the file changes
+
+
+def write_pack(file, root, size=None, depth_scale=1000.0):
+    """Write the data set at root as one file, read back at memory speed: uint8 RGB, uint16 millimetres; whole or not at all.
+
+    Without a size, frames are FastDepth's 250x333 grid with the margin outside its crop: what geometry "fastdepth" and its
+    augmentation read is the same to the pixel. With one, whole frames at that size. Beyond 65.534 m nothing is measured.
+    """
+    file, dataset, start = Path(file), open_dataset(root, "all", size=None, depth_scale=depth_scale), time.time()
+    if file.suffix != ".h5":
+        raise ValueError(f"{file}: a pack is an HDF5 file: call it {file.with_suffix('.h5')}")
+    n, frame, partial = len(dataset), size or FASTDEPTH_VIEW[0], file.with_name(f"{file.name}.partial-{os.getpid()}")
+    try:
+        with h5py.File(partial, "w") as h5:
+            h5.attrs["fastdepth_pack"] = PACK_VERSION
+            images = h5.create_dataset("image", (n, *frame, 3), np.uint8)
+            depths = h5.create_dataset("depth", (n, *frame), np.uint16)
+            for key in ("part", "scene", "name"):
+                h5[key] = [getattr(sample, key) or "" for sample in dataset.samples]
+            for i in range(n):
+                image, depth = dataset.read(i)
+                rows, cols = fastdepth_grid(*depth.shape) if size is None else (nearest(m, k) for m, k in zip(depth.shape, size))
+                grid = rows[:, None].numpy(), cols.numpy()
+                millimetres = (depth[grid] * 1000).round()
+                images[i], depths[i] = image[grid], np.where(millimetres < 65535, millimetres, 0)
+                progress("packing", i + 1, n, start)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{file}: {n} frames of {frame[0]}x{frame[1]}, {file.stat().st_size / 2**20:.0f} MiB, in {time.time() - start:.0f} s")
+
+
+def find_pack(root):
+    """One file that write_pack wrote."""
+    if root.suffix != ".h5":
+        return []
+    with opened(root, "a pack: write one with python data.py PATH --pack FILE") as h5:
+        version, parts, scenes, names = h5.attrs["fastdepth_pack"], *(h5[key].asstr()[:] for key in ("part", "scene", "name"))
+    if version != PACK_VERSION:
+        raise ValueError(f"{root}: is a pack of version {version}, this code reads {PACK_VERSION}: write it again with --pack")
+    written = root.stat().st_mtime_ns
+    return [Sample(part or None, scene, (root, written, i), name) for i, (part, scene, name) in enumerate(zip(parts, scenes, names))]
+
+
+@lru_cache(maxsize=2)
+def memory_of(file, written):
+    """The pictures (N, H, W, 3) and depths (N, H, W) of a pack as memory of the system's file cache, shared by all processes."""
+    with opened(file, "a pack") as h5:
+        return [np.memmap(file, d.dtype, "r", d.id.get_offset(), d.shape) for d in (h5["image"], h5["depth"])]
+
+
+def read_pack(source, scale):
+    """uint8 RGB, and uint16 millimetres whatever the scale of the original was."""
+    file, written, i = source
+    images, depths = memory_of(file, written)
+    return images[i], to_metres(depths[i], 1000, f"{file}[{i}]")
+
+
+# To add a layout: find(root) -> [Sample], empty if root is something else; read(source, scale).
 LAYOUTS = {
     # name                  find        read        recognised by
     "HDF5 folders":        (find_hdf5,  read_hdf5,  "{train,val}/<scene>/*.h5"),
+    "NYU's labelled file": (find_mat,   read_mat,   "nyu_depth_v2_labeled.mat, or nyu_depth_v2_labeled.mat/rawDepths"),
+    "lists":               (find_lists, read_pair,  "a .txt or .csv of lines `picture depth`, or train.txt, val.txt, nyu2_train.csv, ... in a folder"),
     "paired folders":      (find_pairs, read_pair,  "rgb, image or color beside depth, or NAME_image beside NAME_depth"),
+    "pack":                (find_pack,  read_pack,  "a .h5 file, written by python data.py PATH --pack FILE"),
 }
 
 
@@ -183,6 +342,14 @@ def nearest(n_in, n_out):
     return steps.cumsum(0).long()
 
 
+def fastdepth_grid(height, width):
+    """The source rows (250,) and columns (333,) of FastDepth's grid: centre crop to 4:3, nearest."""
+    box_h, box_w = min(height, round(width * 3 / 4)), min(width, round(height * 4 / 3))
+    (grid_h, grid_w), _ = FASTDEPTH_VIEW
+    return nearest(box_h, grid_h) + (height - box_h) // 2, nearest(box_w, grid_w) + (width - box_w) // 2
+
+
+@lru_cache(maxsize=16)
 def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0, flip=False):
     """Which source pixel every output pixel shows: rows, cols (h, w) int64, and inside (h, w) bool, False where the
     rotation looks past the picture. One lookup serves image and depth, so that they cannot drift apart.
@@ -192,14 +359,12 @@ def sampling_grid(height, width, size, geometry="fastdepth", zoom=1.0, angle=0.0
     zoom, angle (degrees) and flip move the view before the crop, in pixels that are square: the squeezed output is not.
     """
     if geometry == "fastdepth":
-        box_h, box_w = min(height, round(width * 3 / 4)), min(width, round(height * 4 / 3))
-        (grid_h, grid_w), (crop_h, crop_w) = FASTDEPTH_VIEW
+        (source_rows, source_cols), (crop_h, crop_w) = fastdepth_grid(height, width), FASTDEPTH_VIEW[1]
     elif geometry == "full":
-        (box_h, box_w) = (grid_h, grid_w) = (crop_h, crop_w) = (height, width)
+        source_rows, source_cols, crop_h, crop_w = torch.arange(height), torch.arange(width), height, width
     else:
         raise ValueError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
-    source_rows = nearest(box_h, grid_h) + (height - box_h) // 2  # of each row of the grid
-    source_cols = nearest(box_w, grid_w) + (width - box_w) // 2
+    grid_h, grid_w = len(source_rows), len(source_cols)
     top, left = round((grid_h - crop_h) / 2), round((grid_w - crop_w) / 2)
 
     # Grid pixels from the centre of the crop to the centre of each output pixel
@@ -233,73 +398,91 @@ class DepthDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, layout, samples, size, geometry, augment, seed, scale):
-        self.layout, self.sources, self.files = layout, [s[2] for s in samples], [s[3] for s in samples]
+        self.layout, self.samples, self.files = layout, samples, [s.name for s in samples]
         self.size, self.geometry, self.augment, self.seed, self.scale, self.epoch = size, geometry, augment, seed, scale, 0
+        self.native = None  # the one size of all frames, as soon as it is known
 
     def __len__(self):
-        return len(self.sources)
+        return len(self.samples)
 
     def read(self, index):
         """As stored: (H, W, 3) uint8 RGB and (H, W) float32 metres of the same height and width."""
-        image, depth = LAYOUTS[self.layout][1](self.sources[index], self.scale)
+        image, depth = LAYOUTS[self.layout][1](self.samples[index].source, self.scale)
         (h, w), (dh, dw) = image.shape[:2], depth.shape
         if abs(h * dw - w * dh) > 0.02 * h * dw:
             raise ValueError(f"{self.files[index]}: the picture is {h}x{w} and its depth {dh}x{dw}: not the same view")
         return image, depth if (h, w) == (dh, dw) else depth[nearest(dh, h)[:, None].numpy(), nearest(dw, w).numpy()]
 
+    def draw(self, index):
+        """The augmentation of a sample in this epoch: how the view moves, and how colours change."""
+        if self.augment in (False, "none"):
+            return {}, None
+        key = f"{self.seed} {self.epoch} {index}".encode()
+        u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
+        if self.augment == "flip":
+            return dict(flip=u[0] < 0.5), None
+        return dict(flip=u[0] < 0.5, zoom=1 + 0.5 * u[1], angle=10 * u[2] - 5), [0.6 + 0.8 * v for v in u[3:]]
+
     def __getitem__(self, index):
-        image, depth = map(torch.from_numpy, self.read(index))
-        move, colour = {}, None
-        if self.augment not in (False, "none") and self.size:
-            key = f"{self.seed} {self.epoch} {index}".encode()
-            u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
-            move = dict(flip=u[0] < 0.5)
-            if self.augment != "flip":
-                move |= dict(zoom=1 + 0.5 * u[1], angle=10 * u[2] - 5)
-                colour = [0.6 + 0.8 * v for v in u[3:]]
+        image, depth = self.read(index)
+        h, w = depth.shape
         if self.size is None:
-            rows, cols, inside = torch.arange(depth.shape[0])[:, None], torch.arange(depth.shape[1]), torch.tensor(True)
-        else:
-            rows, cols, inside = sampling_grid(*depth.shape, self.size, self.geometry, **move)
-        depth = torch.where(inside, depth[rows, cols] / move.get("zoom", 1), 0)
-        image = image[rows, cols].permute(2, 0, 1).float() / 255 * inside
+            self.native = self.native or (h, w)
+            if self.native != (h, w):
+                raise ValueError(f"{self.files[index]}: is {h}x{w}, other frames are {self.native[0]}x{self.native[1]}: use one size")
+            return torch.from_numpy(image).permute(2, 0, 1).float() / 255, torch.from_numpy(depth)[None], index
+        move, colour = self.draw(index)
+        rows, cols, inside = sampling_grid(h, w, self.size, self.geometry, **move)
+        pixel = (rows * w + cols).numpy()
+        image = torch.from_numpy(image.reshape(-1, 3).take(pixel, 0)).permute(2, 0, 1).float() / 255
+        depth = torch.from_numpy(depth.take(pixel)) / move.get("zoom", 1)
+        if "angle" in move:
+            image, depth = image * inside, depth * inside
         return jitter(image, *colour) if colour else image, depth[None], index
 
 
-def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdepth", seed=0, depth_scale=1000.0, limit=None):
-    """The split "train", "val", "test" or "all" of the data at root, whose layout is recognised. ValueError if there is none.
+def find_samples(root):
+    """The data set at root, whatever its layout -> the layout's name, and all samples, each with its part: train, val or test.
 
-    test: only an official test part, which train and val never touch.  val: the data's own, else held out of train by
-    scene, crc32(scene) % 5 == 0; without scenes, or too few, the last fifth of the sorted names.  limit: only so many, evenly chosen.
+    test: only an official test part.  val: the data's own, else held out of train by scene, crc32(scene) % 5 == 0; without
+    scenes, or too few, the last fifth of the sorted names.  ValueError if nothing is recognised.
     """
     root = Path(root)
-    if not root.exists():
-        raise ValueError(f"{root}: no such folder: check --data")
+    if not root.exists() and root.parent.suffix != ".mat":
+        raise ValueError(f"{root}: no such file or folder: check --data")
     for layout, (find, _, _) in LAYOUTS.items():
         if samples := find(root):
             break
     else:
         known = "; ".join(f"{name}: {mark}" for name, (_, _, mark) in LAYOUTS.items())
         raise ValueError(f"{root}: no known layout found there. Known are {known}")
-    if split not in ("train", "val", "test", "all"):
-        raise ValueError(f"unknown split {split!r}: choose one of train, val, test, all")
-    parts, scenes = [s[0] for s in samples], [s[1] for s in samples]
-    if "val" not in parts:
-        own = [i for i, part in enumerate(parts) if part != "test"]
-        by_scene = len({scenes[i] for i in own}) > 1
-        held_out = [zlib.crc32(scenes[i].encode()) % 5 == 0 for i in own] if by_scene else []
-        if len(set(held_out)) < 2:  # no scenes, or too few of them to hold some out
+    own = [i for i, s in enumerate(samples) if s.part != "test"]
+    if all(s.part != "val" for s in samples):
+        held_out = [zlib.crc32(samples[i].scene.encode()) % 5 == 0 for i in own]
+        if len({samples[i].scene for i in own}) < 2 or len(set(held_out)) < 2:
             held_out = [k >= len(own) - len(own) // 5 for k in range(len(own))]
         for i, held in zip(own, held_out):
-            parts[i] = "val" if held else "train"
-    chosen = [s for s, part in zip(samples, parts) if split in ("all", part)]
+            samples[i] = samples[i]._replace(part="val" if held else "train")
+    return layout, samples
+
+
+def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdepth", seed=0, depth_scale=1000.0, limit=None):
+    """The split "train", "val", "test" or "all" of the data at root (find_samples). limit: only so many, evenly chosen."""
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, all")
+    layout, samples = find_samples(root)
+    chosen = [s for s in samples if split in ("all", s.part)]
     if not chosen:
-        held = ", ".join(f"{parts.count(p)} {p}" for p in ("train", "val", "test") if p in parts)
-        raise ValueError(f"{root}: its {split} split is empty ({layout}: {held}): choose another split")
-    if limit:
-        n = min(limit, len(chosen))
-        chosen = [chosen[i * len(chosen) // n] for i in range(n)]
-    return DepthDataset(layout, chosen, size, geometry, augment, seed, depth_scale)
+        raise ValueError(f"{root}: its {split} split is empty ({layout}: {counts_of(samples)}): choose another split")
+    n = min(limit or len(chosen), len(chosen))
+    chosen = [chosen[i * len(chosen) // n] for i in range(n)]
+    return DepthDataset(layout, chosen, size and tuple(size), geometry, augment, seed, depth_scale)
+
+
+def counts_of(samples):
+    """"637 train, 158 val": how many samples each part has."""
+    counts = Counter(s.part for s in samples)
+    return ", ".join(f"{counts[part]} {part}" for part in SPLITS if counts[part])
 
 
 def batches(loader):
@@ -650,6 +833,8 @@ def main(argv=None):
     parser = Parser(description="Look at a data set, or render rooms.")
     parser.add_argument("path", nargs="?", help="a data set of any known layout")
     parser.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
+    parser.add_argument("--pack", metavar="FILE.h5", help="write the data set as one file that is read at memory speed")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the frames of --pack (default: what geometry fastdepth reads)")
     parser.add_argument("--rooms", type=int, metavar="N", help="render N training and N/8 validation rooms into --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where to render")
@@ -664,15 +849,12 @@ def main(argv=None):
         write_rooms(args.out or "data/rooms", args.rooms, args.seed, args.device)
         return
 
-    counts = {}
-    for split in ("train", "val", "test", "all"):
-        try:
-            counts[split] = len(ds := open_dataset(args.path, split, size=None, depth_scale=args.depth_scale))
-        except ValueError:
-            if split == "all":
-                raise
-    print(f"{args.path}: {ds.layout} ({LAYOUTS[ds.layout][2]})")
-    print("pairs:  " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    if args.pack:
+        return write_pack(args.pack, args.path, args.size and tuple(args.size), args.depth_scale)
+    layout, samples = find_samples(args.path)
+    ds = open_dataset(args.path, "all", size=None, depth_scale=args.depth_scale)
+    print(f"{args.path}: {layout} ({LAYOUTS[layout][2]})")
+    print(f"pairs:  {counts_of(samples)}; scenes: {len({s.scene for s in samples})}")
     picked, values, rows = torch.linspace(0, len(ds) - 1, min(len(ds), 24)).long().tolist(), [], []
     for i in picked:
         image, depth = ds.read(i)

@@ -228,7 +228,7 @@ def test_depth_without_a_measured_pixel_is_named(tmp_path, layout, name):
 
 
 def test_a_missing_folder_and_an_unknown_layout_are_named(tmp_path):
-    with complains("nowhere.*no such folder"):
+    with complains("nowhere.*no such file or folder"):
         open_dataset(tmp_path / "nowhere", "train")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear reader")
@@ -813,7 +813,7 @@ def test_the_command_writes_rooms_whose_training_depth_has_holes(rooms):
 def test_the_command_prints_facts_and_writes_a_contact_sheet(rooms, tmp_path):
     result = run(rooms, "--out", "look/sheet.png", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
-    for fact in ("HDF5", "8 train", "1 val", "9 all", "240x320", " m at the median"):
+    for fact in ("HDF5", "8 train", "1 val", "scenes: 1", "240x320", " m at the median"):
         assert fact in result.stdout
     with Image.open(tmp_path / "look/sheet.png") as sheet:
         assert sheet.mode == "RGB" and min(sheet.size) > 300 and len(sheet.getcolors(2**24)) > 1000
