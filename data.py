@@ -265,6 +265,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     file, dataset, start = Path(file), open_dataset(root, "all", size=None, depth_scale=depth_scale), time.time()
     if file.suffix != ".h5":
         raise ValueError(f"{file}: a pack is an HDF5 file: call it {file.with_suffix('.h5')}")
+    file.parent.mkdir(parents=True, exist_ok=True)
     n, frame, partial = len(dataset), size or FASTDEPTH_VIEW[0], file.with_name(f"{file.name}.partial-{os.getpid()}")
     try:
         with h5py.File(partial, "w") as h5:
@@ -849,6 +850,8 @@ def main(argv=None):
         write_rooms(args.out or "data/rooms", args.rooms, args.seed, args.device)
         return
 
+    if args.size and (not args.pack or min(args.size) < 1):
+        parser.error("--size is the height and width of the frames of --pack, both above 0")
     if args.pack:
         return write_pack(args.pack, args.path, args.size and tuple(args.size), args.depth_scale)
     layout, samples = find_samples(args.path)

@@ -296,3 +296,11 @@ def test_the_command_packs_and_the_pack_can_be_looked_at(originals, tmp_path, mo
     data.main(["set.h5"])
     out = capsys.readouterr().out
     assert "10 frames of 250x333" in out and "set.h5: pack" in out and "2 test" in out and (tmp_path / "runs/data-set.h5.png").is_file()
+
+
+@pytest.mark.parametrize("flags", [["--size", "60", "80"], ["--pack", "set.h5", "--size", "0", "80"]])
+def test_a_wrong_size_is_refused_before_anything_is_written(originals, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with complains("--size"):
+        data.main([str(originals), *flags])
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("*.h5*"))
