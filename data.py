@@ -8,6 +8,7 @@ Depth is metres along the optical axis (z, not the length of the ray). What must
 here: files to metres (`to_metres`), the mask (`valid_mask`), the geometry (`sampling_grid`), the split (`open_dataset`).
 
     python data.py data/rooms                        # facts and a contact sheet
+    python data.py nyu --pack nyu.h5                 # once: the same pixels at memory speed
     python data.py --rooms 4000 --out data/many      # render rooms: depth that is known exactly, no download
 """
 import argparse
@@ -810,6 +811,23 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def above_0(kind):
+    """The argparse type of a number above 0."""
+    def number(text):
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
+def multiple_of_32(text):
+    """The argparse type of a height or width that the networks take."""
+    if (value := int(text)) <= 0 or value % 32:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 32, got {text}")
+    return value
+
+
 def check_device(name):
     """ValueError if PyTorch has no such device here."""
     try:
@@ -833,9 +851,9 @@ def run_script(main):
 def main(argv=None):
     parser = Parser(description="Look at a data set, or render rooms.")
     parser.add_argument("path", nargs="?", help="a data set of any known layout")
-    parser.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
+    parser.add_argument("--depth-scale", type=above_0(float), default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
     parser.add_argument("--pack", metavar="FILE.h5", help="write the data set as one file that is read at memory speed")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the frames of --pack (default: what geometry fastdepth reads)")
+    parser.add_argument("--size", type=above_0(int), nargs=2, metavar=("H", "W"), help="of the frames of --pack (default: what geometry fastdepth reads)")
     parser.add_argument("--rooms", type=int, metavar="N", help="render N training and N/8 validation rooms into --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where to render")
@@ -850,8 +868,8 @@ def main(argv=None):
         write_rooms(args.out or "data/rooms", args.rooms, args.seed, args.device)
         return
 
-    if args.size and (not args.pack or min(args.size) < 1):
-        parser.error("--size is the height and width of the frames of --pack, both above 0")
+    if args.size and not args.pack:
+        parser.error("--size is the height and width of the frames of --pack: give that too")
     if args.pack:
         return write_pack(args.pack, args.path, args.size and tuple(args.size), args.depth_scale)
     layout, samples = find_samples(args.path)
