@@ -504,39 +504,45 @@ def batches(loader):
 # things have the sizes that such things have (a door 2.03 m, a table 0.74 m, planks, tiles, bricks).
 # ------------------------------------------------------------------------------------------------------------------
 
-ROOMS_VERSION = 1  # raise it when the pictures change: data/rooms is then rendered again
+ROOMS_VERSION = 2  # raise it when the pictures change: data/rooms is then rendered again
 ROOM_SIZE = (240, 320)
 FOCAL = 0.81  # of the picture's width: NYU's Kinect
 
 # A thing is a few boxes (x0, y0, z0, x1, y1, z1) in fractions of its width, height and depth: x from its middle, y from
-# the floor, z from the wall behind it. Sizes are ranges in metres.
+# the floor, z from the wall behind it. The first box carries what lies about. Sizes are ranges in metres.
 #   name           width       height        depth
 ON_WALLS = (
-    ("cupboard",  (0.8, 2.0), (1.80, 2.20), (0.40, 0.60), [(-.5, 0, 0, .5, 1, 1)]),
-    ("sideboard", (0.8, 1.8), (0.70, 0.90), (0.40, 0.50), [(-.5, .1, 0, .5, 1, 1), (-.45, 0, 0, .45, .1, .9)]),
-    ("bookcase",  (0.6, 1.2), (1.60, 2.10), (0.25, 0.35), [(-.5, 0, 0, .5, 1, 1)]),
-    ("bed",       (0.9, 1.8), (0.90, 1.10), (1.95, 2.10), [(-.5, 0, 0, .5, .5, 1), (-.5, .5, 0, .5, 1, .03), (-.4, .5, .03, .4, .62, .2)]),
-    ("sofa",      (1.5, 2.2), (0.80, 0.90), (0.80, 0.95), [(-.5, 0, 0, .5, .5, 1), (-.5, .5, 0, .5, 1, .25),
-                                                            (-.5, .5, 0, -.4, .7, 1), (.4, .5, 0, .5, .7, 1)]),
+    ("cupboard",  (0.8, 2.0), (1.60, 2.20), (0.40, 0.60), [(-.5, 0, 0, .5, 1, 1)]),
+    ("sideboard", (0.8, 1.8), (0.70, 1.00), (0.40, 0.50), [(-.5, .1, 0, .5, 1, 1), (-.45, 0, 0, .45, .1, .9)]),
+    ("counter",   (1.4, 2.8), (2.10, 2.30), (0.58, 0.62), [(-.5, .04, 0, .5, .41, 1), (-.5, .41, 0, .5, .43, 1.05), (-.5, .66, 0, .5, 1, .55)]),
+    ("shelf",     (0.6, 1.4), (1.20, 2.10), (0.25, 0.35), [(-.5, .3, 0, .5, .33, 1), (-.5, 0, 0, .5, 1, .05), (-.5, 0, 0, -.47, 1, 1), (.47, 0, 0, .5, 1, 1),
+                                                            (-.5, .03, 0, .5, .06, 1), (-.5, .62, 0, .5, .65, 1), (-.5, .97, 0, .5, 1, 1)]),
+    ("bed",       (0.9, 1.8), (0.90, 1.10), (1.95, 2.10), [(-.5, .1, 0, .5, .5, 1), (-.5, 0, 0, .5, 1, .03), (-.4, .5, .03, .4, .62, .2)]),
+    ("sofa",      (1.5, 2.2), (0.75, 0.95), (0.80, 0.95), [(-.5, .1, 0, .5, .5, 1), (-.5, .5, 0, .5, 1, .25),
+                                                            (-.5, .1, 0, -.4, .7, 1), (.4, .1, 0, .5, .7, 1), (-.35, .5, .25, .0, .85, .4)]),
     ("desk",      (1.0, 1.6), (0.72, 0.76), (0.60, 0.80), [(-.5, .95, 0, .5, 1, 1), (-.5, 0, 0, -.46, .95, 1), (.2, 0, 0, .5, .95, 1)]),
 )
 ABOVE = (
-    ("door",      (0.8, 0.9), (2.03, 2.03), (0.04, 0.05), [(-.5, 0, 0, .5, 1, 1)]),
-    ("window",    (0.8, 1.8), (2.05, 2.20), (0.03, 0.04), [(-.5, .42, 0, .5, 1, 1)]),
+    ("door",      (0.8, 0.9), (2.03, 2.03), (0.04, 0.05), [(-.5, 0, 0, .5, 1, 1), (.36, .48, 1, .42, .5, 2.5)]),
+    ("window",    (0.8, 1.8), (2.05, 2.20), (0.03, 0.04), [(-.5, .42, 0, .5, 1, 1), (-.55, .4, 0, .55, .42, 4)]),
     ("picture",   (0.4, 1.0), (1.75, 1.90), (0.02, 0.04), [(-.5, .68, 0, .5, 1, 1)]),
+    ("curtain",   (0.4, 0.9), (2.20, 2.35), (0.08, 0.15), [(-.5, .02, 0, .5, 1, 1)]),
 )
 STANDING = (
     ("table",     (0.8, 1.8), (0.72, 0.76), (0.70, 1.00), [(-.5, .95, 0, .5, 1, 1), (-.48, 0, .04, -.42, .95, .1), (.42, 0, .04, .48, .95, .1),
                                                             (-.48, 0, .9, -.42, .95, .96), (.42, 0, .9, .48, .95, .96)]),
     ("chair",     (.42, 0.5), (0.85, 0.95), (0.42, 0.50), [(-.5, .47, 0, .5, .52, 1), (-.5, .52, 0, .5, 1, .08), (-.5, 0, 0, -.4, .47, .1),
                                                             (.4, 0, 0, .5, .47, .1), (-.5, 0, .9, -.4, .47, 1), (.4, 0, .9, .5, .47, 1)]),
+    ("armchair",  (0.7, 0.9), (0.75, 1.00), (0.75, 0.90), [(-.35, .05, 0, .35, .45, 1), (-.5, .05, 0, .5, 1, .25), (-.5, .05, 0, -.35, .65, 1), (.35, .05, 0, .5, .65, 1)]),
     ("low table", (0.6, 1.2), (0.38, 0.46), (0.50, 0.80), [(-.5, .88, 0, .5, 1, 1), (-.4, 0, .1, -.3, .88, .9), (.3, 0, .1, .4, .88, .9)]),
     ("crate",     (0.3, 0.6), (0.25, 0.50), (0.30, 0.50), [(-.5, 0, 0, .5, 1, 1)]),
+    ("lamp",      (0.3, 0.4), (1.40, 1.70), (0.30, 0.40), [(-.4, 0, .1, .4, .02, .9), (-.04, .02, .46, .04, .8, .54), (-.5, .8, 0, .5, 1, 1)]),
 )
-PARTS = 6  # boxes of the thing that has most
+PARTS = 7  # boxes of the thing that has most
 # Patterns are cells of u x v metres; with shift 1 every second row is moved by half a cell.
 #               u     v    shift
 PATTERNS = ((9.00, 9.00, 0),   # plain
+            (9.00, 9.00, 0),   # plain
             (0.30, 0.30, 0),   # tiles
             (0.15, 1.20, 0),   # planks
             (0.24, 0.08, 1),   # bricks
@@ -554,59 +560,75 @@ def hashed(*keys):
 def furnish(keys):
     """Random seeds, one a room -> dict of tensors, one row a room, in metres. x right, y up from the floor, z forward.
 
+    boxes (B, K, 6) low and high corner, each in the frame poses (B, K, 3) says: x, z, turn. things (B, K): which boxes are one.
+    looks (B, K + 2, 8): of wall, floor, ceiling and all boxes but the first, which is the room itself.
     The order of the draws makes the rooms: whoever changes it raises ROOMS_VERSION.
     """
-    u, used = torch.stack([torch.rand(256, generator=torch.Generator().manual_seed(key)) for key in keys]), 0
+    u, used = torch.stack([torch.rand(1024, generator=torch.Generator().manual_seed(key)) for key in keys]), 0
 
     def between(low, high, *shape):  # takes the next unused random numbers of every room
         nonlocal used
         used += math.prod(shape)
         return low + (high - low) * u[:, used - math.prod(shape):used].view(-1, *shape)
 
-    def choose(kinds, n):  # n things a room -> their sizes (B, n, 3) and boxes (B, n, PARTS, 6); a missing box has size 0
+    def choose(kinds, n):  # n things a room -> their sizes (B, n, 3) and boxes (B, n, PARTS, 6); a missing box is NaN
         low, high = (torch.tensor([[extent[end] for extent in kind[1:4]] for kind in kinds]) for end in (0, 1))
-        boxes = torch.tensor([kind[4] + [(0,) * 6] * (PARTS - len(kind[4])) for kind in kinds])
+        boxes = torch.tensor([kind[4] + [(math.nan,) * 6] * (PARTS - len(kind[4])) for kind in kinds])
         which = between(0, len(kinds), n).long()
         sizes = low[which] + (high - low)[which] * between(0, 1, n, 3)
-        return sizes, boxes[which] * torch.cat([sizes, sizes], -1)[:, :, None]
+        return which, sizes, boxes[which] * torch.cat([sizes, sizes], -1)[:, :, None]
 
-    width, height, length = room = between(3, 7), between(2.4, 3), between(3, 8)
-    floor = torch.stack([width, length], -1)[:, None]  # (B, 1, 2)
+    room = torch.stack([between(2.2, 6.5), between(2.4, 3), between(2.5, 7.5)], -1)  # (B, 3)
+    floor = room[:, None, ::2]  # (B, 1, 2)
 
-    def place(kinds, n, at_wall):  # -> boxes, and the pose (x, z, turn) of the frame that each stands in (B, n, PARTS, 3)
-        sizes, boxes = choose(kinds, n)
+    def place(kinds, n, at_wall):  # -> boxes (B, n, PARTS, 6), and the pose (x, z, turn) of the frame that each stands in (B, n, 3)
+        which, sizes, boxes = choose(kinds, n)
         turn = between(0, 4, n).floor() * (math.pi / 2) if at_wall else between(0, 2 * math.pi, n)
         across, ahead = torch.stack([turn.cos(), -turn.sin()], -1), torch.stack([turn.sin(), turn.cos()], -1)  # its x and z
         if at_wall:
             slack = ((across * floor).sum(-1).abs() - sizes[..., 0]).clamp(min=0)
             xz = across * (between(-.5, .5, n) * slack)[..., None] - ahead * (ahead * floor).sum(-1, True).abs() / 2
         else:
-            xz = between(-.35, .35, n, 2) * floor
-        return boxes, torch.cat([xz, turn[..., None]], -1)[:, :, None].expand(-1, -1, PARTS, -1)
+            xz = between(-.4, .4, n, 2) * floor
+        return which, boxes, torch.cat([xz, turn[..., None]], -1)
 
-    things = [place(ON_WALLS, 4, True), place(ABOVE, 4, True), place(STANDING, 4, False)]
-    boxes, poses = (torch.cat(group, 1) for group in zip(*things))
-    n = boxes.shape[1] + 3  # materials: walls, floor, ceiling, and one for each thing
-    bright, kind = between(.1, .95, n), between(0, 6, n).long()
-    bright[:, :3] = bright[:, :3] * torch.tensor([.4, .5, .1]) + torch.tensor([.5, .15, .8])
-    colour = bright[..., None] * (1 + between(-.6, .6, n, 3) * between(0, 1, n, 1) ** 2)
-    wooden = between(0, 1, n, 1) < torch.tensor([0, .5, 0] + [.4] * (n - 3))[:, None]
+    kinds, boxes, poses = zip(place(ON_WALLS, 5, True), place(STANDING, 5, False), place(ABOVE, 5, True))
+    boxes, poses = torch.cat(boxes, 1), torch.cat(poses, 1)  # (B, 15, PARTS, 6), (B, 15, 3)
+    # What lies about: four small boxes on the first box of each of the ten things that stand on the floor.
+    low, high = boxes[:, :10, None, 0].expand(-1, -1, 4, -1).unflatten(-1, (2, 3)).unbind(-2)  # (B, 10, 4, 3)
+    size = torch.stack([.04 + .4 * between(0, 1, 10, 4)**2, .02 + .4 * between(0, 1, 10, 4)**2, .04 + .3 * between(0, 1, 10, 4)**2], -1)
+    middle = low + (high - low) * torch.stack([between(.1, .9, 10, 4), torch.ones(len(keys), 10, 4), between(.15, .85, 10, 4)], -1)
+    foot = size * torch.tensor([.5, 0, .5])
+    clutter = torch.cat([middle - foot, middle + size - foot], -1)  # (B, 10, 4, 6)
+    n = 15 + 40
+    things = torch.cat([torch.arange(1, 16).repeat_interleave(PARTS), torch.arange(16, n + 1)])
+    shell = torch.stack([-room[:, 0] / 2, 0 * room[:, 0], -room[:, 2] / 2, room[:, 0] / 2, room[:, 1], room[:, 2] / 2], -1)
+    boxes = torch.cat([shell[:, None], boxes.flatten(1, 2), clutter.flatten(1, 2)], 1)
+    of = torch.cat([torch.arange(15).repeat_interleave(PARTS), torch.arange(10).repeat_interleave(4)])
+    poses = torch.cat([torch.zeros(len(keys), 1, 3), poses[:, of]], 1)
+
+    n += 3  # looks: walls, floor, ceiling, things, clutter
+    bright, kind = between(.08, .95, n), between(0, len(PATTERNS), n).long()
+    bright[:, :3] = bright[:, :3] * torch.tensor([.35, .55, .15]) + torch.tensor([.6, .15, .8])
+    colour = bright[..., None] * (1 + between(-.6, .6, n, 3) * between(0, 1, n, 1)**2 * torch.tensor([.5, 1, .2] + [1.3] * (n - 3))[:, None])
+    wooden = between(0, 1, n, 1) < torch.tensor([0, .5, 0] + [.4] * 15 + [.05] * 40)[:, None]
     colour = torch.where(wooden, torch.tensor([.62, .42, .26]) * (.4 + bright[..., None]), colour).clamp(.03, .97)
-    kind[:, 0], kind[:, 1], kind[:, 2] = 3 * (kind[:, 0] == 3), 1 + kind[:, 1] % 2, 0
-    box_kind = torch.arange(n - 3).repeat_interleave(PARTS) + 3
+    kind[:, 0], kind[:, 1], kind[:, 2] = 4 * (kind[:, 0] == 4), 2 + kind[:, 1] % 2, 0
+    bare = torch.zeros(len(keys), 1)
+    glow = torch.cat([bare.expand(-1, 8 + 5), (kinds[2] == 1) * between(0, 1.6, 5), bare.expand(-1, 40)], 1)  # windows by day
+    looks = torch.cat([colour, torch.tensor(PATTERNS)[kind], between(.05, .5, n, 1), glow[..., None]], -1)
     return dict(
-        room=torch.stack(room, -1), eye=torch.stack([between(-.4, .4) * width, between(1, 1.8), between(-.4, .4) * length], -1),
-        target=torch.stack([between(-.3, .3) * width, between(-.3, .3) * length], -1), pitch=between(-.45, .05), roll=between(-.05, .05),
-        boxes=boxes.flatten(1, 2), poses=poses.flatten(1, 2), material=box_kind.expand(len(keys), -1),
-        colour=colour, pattern=torch.cat([torch.tensor(PATTERNS)[kind], between(.05, .5, n, 1)], -1),
-        lamp=torch.stack([between(-.3, .3) * width, height - between(.1, .6), between(-.3, .3) * length], -1),
-        # exposure, ambient light, red and blue gain, noise
-        camera=torch.stack([between(.4, .55), between(.3, .6), between(.88, 1.12), between(.88, 1.12), between(.01, .05)], -1))
+        boxes=boxes, poses=poses, things=things, looks=looks, room=room,
+        eye=torch.stack([between(-.46, .46) * room[:, 0], between(.9, 1.75), between(-.46, .46) * room[:, 2]], -1),
+        target=torch.stack([between(-.45, .45) * room[:, 0], between(-.45, .45) * room[:, 2]], -1), pitch=between(-.5, .12), roll=between(-.06, .06),
+        lamps=torch.stack([between(-.4, .4, 2) * room[:, :1], room[:, 1:2] - between(.1, .9, 2), between(-.4, .4, 2) * room[:, 2:]], -1),
+        # exposure, ambient light, red and blue gain, noise, gamma
+        camera=torch.stack([between(.38, .62), between(.3, .7), between(.9, 1.2), between(.75, 1.1), between(.01, .05), between(.7, 1)], -1))
 
 
-def turned(x, z, turn):
-    """World x, z -> those in a frame turned by `turn`."""
-    return x * turn.cos() - z * turn.sin(), x * turn.sin() + z * turn.cos()
+def turned(x, z, cos, sin):
+    """World x, z -> those in a frame turned by the angle of cos and sin."""
+    return x * cos - z * sin, x * sin + z * cos
 
 
 def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
@@ -618,90 +640,104 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     s = {name: value.to(device) for name, value in furnish(keys).items()}
     (H, W), B = size, len(keys)
 
-    # Rays with z = 1 in the camera's frame, so that the distance along a ray is the depth.
-    v, u = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
-    u, v = u.flatten(), v.flatten()
-    cam = torch.stack([(u + .5 - W / 2) / (FOCAL * W), (H / 2 - v - .5) / (FOCAL * W), torch.ones_like(u, dtype=torch.float32)])
+    # The camera: columns of axes are its right, up and ahead. A ray has z = 1 there, so that the distance along it is depth.
     toward = F.normalize(s["target"] - s["eye"][:, ::2], dim=-1) * s["pitch"].cos()[:, None]
     ahead = torch.stack([toward[:, 0], s["pitch"].sin(), toward[:, 1]], -1)
     side = F.normalize(torch.stack([ahead[:, 2], 0 * ahead[:, 0], -ahead[:, 0]], -1), dim=-1)
     up = torch.linalg.cross(ahead, side)
     cos, sin = s["roll"].cos()[:, None], s["roll"].sin()[:, None]
-    side, up = side * cos + up * sin, up * cos - side * sin
-    axes = torch.stack([side, up, ahead], -1)  # (B, 3, 3), columns: the camera's axes in the world
-    rays, eye = sum(axes[:, :, k, None] * cam[k] for k in range(3)), s["eye"][:, :, None]  # (B, 3, N), (B, 3, 1)
+    axes = torch.stack([side * cos + up * sin, up * cos - side * sin, ahead], -1)  # (B, 3, 3)
+    x = (torch.arange(W, device=device) + .5 - W / 2) / (FOCAL * W)  # (W)
+    y = (H / 2 - torch.arange(H, device=device) - .5) / (FOCAL * W)  # (H)
 
-    # Only boxes that the camera may see are traced: a corner in front of it and inside the widest angle, the camera not within 0.3 m.
-    lo, hi = s["boxes"][..., :3].transpose(1, 2), s["boxes"][..., 3:].transpose(1, 2)  # (B, 3, K)
-    px, pz, turn = s["poses"].unbind(-1)  # (B, K)
-    ex, ez = turned(eye[:, 0] - px, eye[:, 2] - pz, turn)
-    local_eye = torch.stack([ex, eye[:, 1].expand_as(ex), ez], 1)  # (B, 3, K)
-    near = ((local_eye > lo - .3) & (local_eye < hi + .3)).all(1)
-    corners = torch.stack([torch.where(torch.tensor([i >> a & 1 for a in range(3)], device=device, dtype=torch.bool)[:, None], hi, lo)
-                           for i in range(8)], -1)  # (B, 3, K, 8) in the box's frame
-    cx, cz = turned(corners[:, 0], corners[:, 2], -turn[..., None])
-    seen = axes.transpose(1, 2) @ (torch.stack([cx + px[..., None], corners[:, 1], cz + pz[..., None]], 1).flatten(2) - eye)
-    x, y, z = seen.view(B, 3, -1, 8).unbind(1)
-    outside = torch.stack([z < .1, x > z * .62, x < -z * .62, y > z * .62 * H / W, y < -z * .62 * H / W]).all(-1).any(0)
-    visible = (hi > lo).all(1) & ~near & ~outside
-    order = visible.float().argsort(1, descending=True)[:, :int(visible.sum(1).max())]  # (B, K'): each room's visible ones first
-    lo, hi, local_eye = (t.gather(2, order[:, None].expand(-1, 3, -1)) for t in (lo, hi, local_eye))
-    turn, material, visible = turn.gather(1, order), s["material"].gather(1, order), visible.gather(1, order)
+    # Each box in its own frame, seen from the eye. A ray there is the sum of what its column and what its row gives.
+    px, pz, cos, sin = s["poses"][..., 0], s["poses"][..., 1], s["poses"][..., 2].cos(), s["poses"][..., 2].sin()  # (B, K)
+    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+    turn = torch.stack([cos, zero, -sin, zero, one, zero, sin, zero, cos], -1).unflatten(-1, (3, 3))  # (B, K, 3, 3)
+    eye = turn @ (s["eye"][:, None] - torch.stack([px, zero, pz], -1))[..., None]  # (B, K, 3, 1)
+    low, high = s["boxes"].unflatten(-1, (2, 3)).sub(eye.mT).unbind(-2)  # (B, K, 3)
+    frame = turn @ axes[:, None]  # (B, K, 3, 3)
+    by_column, by_row = frame[..., :1] * x + frame[..., 2:], frame[..., 1:2] * y  # (B, K, 3, W), (B, K, 3, H)
 
-    # The room itself is the box that every ray leaves; then the nearest box that it enters.
-    shell = s["room"][:, :, None] * torch.tensor([[-.5, .5], [0, 1], [-.5, .5]], device=device)  # (B, 3, 2): low, high
-    depth = torch.maximum((shell[:, :, :1] - eye) / rays, (shell[:, :, 1:] - eye) / rays).amin(1)  # (B, N)
-    hit = torch.full_like(depth, -1, dtype=torch.long)
-    for k in range(order.shape[1]):
-        dx, dz = turned(rays[:, 0], rays[:, 2], turn[:, k, None])
-        inverse = 1 / torch.stack([dx, rays[:, 1], dz], 1)
-        t0, t1 = (lo[:, :, k, None] - local_eye[:, :, k, None]) * inverse, (hi[:, :, k, None] - local_eye[:, :, k, None]) * inverse
-        enter, leave = torch.minimum(t0, t1).amax(1), torch.maximum(t0, t1).amin(1)
-        closer = (enter < leave) & (enter > .1) & (enter < depth) & visible[:, k, None]
-        depth, hit = torch.where(closer, enter, depth), torch.where(closer, k, hit)
+    # A box is looked for in the rectangle around its corners, or everywhere if one is behind the camera.
+    bits = torch.tensor([[i >> axis & 1 for axis in range(3)] for i in range(8)], device=device, dtype=torch.bool)
+    corners = torch.where(bits, high[..., None, :], low[..., None, :]) @ frame  # (B, K, 8, 3) in the camera's frame
+    behind = corners[..., 2] < .05  # (B, K, 8)
+    within = ((low < .25) & (high > -.25)).all(-1)  # the camera does not stand in things
+    u, v = (corners[..., i] / corners[..., 2] * (FOCAL * W * sign) + n / 2 for i, sign, n in ((0, 1, W), (1, -1, H)))
+    rectangle = torch.stack([u.amin(-1), v.amin(-1), -u.amax(-1) - 1, -v.amax(-1) - 1], -1)  # left, top, -right, -bottom
+    limit = torch.tensor([0, 0, -W, -H], device=device)
+    rectangle = torch.where(behind.any(-1, keepdim=True), limit, torch.maximum(rectangle, limit))
+    hidden = within | behind.all(-1) | low.isnan().any(-1)
+    rectangle = torch.where(hidden[..., None], 0, rectangle).amin(0).int().tolist()  # of all rooms of the batch together
+    traced_low, traced_high = (torch.where(hidden[..., None], math.nan, t)[..., None, None] for t in (low, high))  # NaN is never hit
 
-    # Where the ray ends: the point in the frame of what it hit, and which of the faces.
-    lo, hi, local_eye, turn = (torch.cat([first, t], -1) for first, t in (
-        (shell[:, :, :1], lo), (shell[:, :, 1:], hi), (eye, local_eye), (torch.zeros(B, 1, device=device), turn)))
-    pick = (hit + 1)[:, None].expand(-1, 3, -1)
-    turn = turn.gather(1, hit + 1)
-    dx, dz = turned(rays[:, 0], rays[:, 2], turn)
-    ray = torch.stack([dx, rays[:, 1], dz], 1)
-    lo, point = lo.gather(2, pick), local_eye.gather(2, pick) + depth[:, None] * ray
-    gap = torch.minimum(point - lo, hi.gather(2, pick) - point).abs()  # (B, 3, N) to the nearer face on each axis
-    axis = gap.argmin(1)
-    edge = gap.sort(1)[0][:, 1]  # metres to the next edge or corner of the room
-    shell_kind = torch.where(axis == 1, torch.where(rays[:, 1] < 0, 1, 2), 0)  # walls, floor, ceiling
-    kind = torch.where(hit < 0, shell_kind, material.gather(1, hit.clamp(min=0)) if order.shape[1] else shell_kind)
+    # Box 0 is the room, which every ray leaves; the others are boxes that it may enter.
+    def rays(k, rows=slice(None), columns=slice(None)):  # (B, 3, rows, columns) in the frame of box k
+        return by_column[:, k, :, None, columns] + by_row[:, k, :, rows, None]
 
-    # Colour: a pattern of cells with darker joints, fine grain that fades with distance, a lamp, corners, the camera.
-    look = torch.cat([s["colour"], s["pattern"]], -1).transpose(1, 2)  # (B, 7, materials)
-    red, green, blue, cell_u, cell_v, shift, contrast = look.gather(2, kind[:, None].expand(-1, 7, -1)).unbind(1)
-    inner = point - lo
-    fu = torch.where(axis == 0, inner[:, 2], inner[:, 0])
-    fv = torch.where(axis == 1, inner[:, 2], inner[:, 1])
-    row = (fv / cell_v).floor()
-    column = (fu / cell_u + .5 * shift * row).floor()
-    du, dv = fu / cell_u + .5 * shift * row - column, fv / cell_v - row
+    room_low, room_high = low[:, 0, :, None, None], high[:, 0, :, None, None]
+    depth = torch.maximum(room_low / rays(0), room_high / rays(0)).amin(1)  # (B, H, W)
+    hit = torch.zeros(B, H, W, dtype=torch.int32, device=device)
+    for k, (left, top, right, bottom) in enumerate(rectangle):
+        rows, columns = slice(top, -bottom), slice(left, -right)
+        if k == 0 or left >= -right or top >= -bottom:
+            continue
+        inverse = rays(k, rows, columns).reciprocal_()
+        one_side, other = traced_low[:, k] * inverse, traced_high[:, k] * inverse
+        near, far = torch.minimum(one_side, other), torch.maximum(one_side, other)
+        enter = torch.maximum(torch.maximum(near[:, 0], near[:, 1]), near[:, 2])
+        leave = torch.minimum(torch.minimum(far[:, 0], far[:, 1]), far[:, 2])
+        before = depth[:, rows, columns]
+        closer = (enter < leave) & (enter > .1) & (enter < before)
+        depth[:, rows, columns] = torch.where(closer, enter, before)
+        hit[:, rows, columns].masked_fill_(closer, k)
+
+    # Where each ray ends, in the frame of what it hit: metres from the low faces, and which face that is.
+    first = torch.arange(B, device=device)[:, None, None]
+
+    def look_up(table, index):  # (B, n), (B, H, W) -> (B, H, W)
+        return table.flatten().index_select(0, (index + first * table.shape[1]).flatten()).view(B, H, W)
+
+    cos, sin = look_up(cos, hit), look_up(sin, hit)
+    world = rays(0)
+    rx, rz = turned(world[:, 0], world[:, 2], cos, sin)
+    ry = world[:, 1]
+    inner = [depth * ray - look_up(low[..., axis], hit) for axis, ray in enumerate((rx, ry, rz))]
+    gaps = [torch.minimum(inner[axis], look_up((high - low)[..., axis], hit) - inner[axis]).abs() for axis in range(3)]
+    gap, edge, _ = torch.stack(gaps).sort(0)[0].unbind()  # edge: metres to the next edge of the box
+    on_x, on_y = gaps[0] == gap, gaps[1] == gap
+
+    # Colour: a pattern of cells with darker joints, fine grain that fades with distance, lamps, dark corners, the camera.
+    of_box = torch.cat([s["things"].new_zeros(1), s["things"] + 2])
+    what = torch.where(hit == 0, torch.where(on_y, torch.where(ry < 0, 1, 2), 0), of_box[hit])  # walls, floor, ceiling, things
+    red, green, blue, cell_u, cell_v, shift, contrast, glow = (look_up(look, what) for look in s["looks"].unbind(-1))
+    fu, fv = torch.where(on_x, inner[2], inner[0]), torch.where(on_y, inner[2], inner[1])
+    cells_v = fv / cell_v
+    row = cells_v.floor()
+    cells_u = fu / cell_u + .5 * shift * row
+    column = cells_u.floor()
+    du, dv = cells_u - column, cells_v - row
     joint = (torch.minimum(du, 1 - du) * cell_u < .004) | (torch.minimum(dv, 1 - dv) * cell_v < .004)
-    shade = 1 - contrast * hashed(column, row, kind) - .25 * joint
-    grain = hashed((fu / .02).floor(), (fv / .02).floor(), kind) - .5
-    shade = shade + grain * .25 * contrast * (1.5 / depth).clamp(max=1)
-    world = eye + depth[:, None] * rays
-    to_lamp = s["lamp"][:, :, None] - world
-    distance = to_lamp.square().sum(1).sqrt()
-    tx, tz = turned(to_lamp[:, 0], to_lamp[:, 2], turn)
-    normal = -ray.gather(1, axis[:, None])[:, 0].sign()
-    facing = (normal * torch.stack([tx, to_lamp[:, 1], tz], 1).gather(1, axis[:, None])[:, 0] / distance).clamp(min=0)
-    exposure, ambient, red_gain, blue_gain, noise = (c[:, None] for c in s["camera"].unbind(-1))
-    light = (ambient + facing / (1 + (distance / 3) ** 2) * 2) * (1 - .35 * torch.exp(-edge / .15))
-    image = torch.stack([red * red_gain, green, blue * blue_gain], 1) * (shade * light)[:, None]
-    image = image * (exposure / image.mean((1, 2))[:, None])[:, None]
-    seeds = torch.tensor(keys, device=device)[:, None, None] % 65521
-    pixel = (v * W + u) + H * W * torch.arange(3, device=device)[:, None]  # (3, N)
-    image = image + noise[:, None] * (hashed(pixel[None].expand(B, -1, -1), seeds, seeds) + hashed(pixel[None] + 977, seeds, seeds + 1) - 1)
-    image = (image.clamp(0, 1) ** .8 * 255).round().to(torch.uint8)
-    return image.view(B, 3, H, W), depth.view(B, H, W)
+    grain = (hashed((fu * 50).floor(), (fv * 50).floor(), what) - .5) * (1.5 / depth).clamp(max=1)
+    shade = 1 - .25 * joint - contrast * (hashed(column, row, what) - .25 * grain)
+    exposure, ambient, red_gain, blue_gain, noise, tone = (c[:, None, None] for c in s["camera"].unbind(-1))
+    light = ambient + glow
+    for lamp in s["lamps"].unbind(1):
+        lx, ly, lz = (lamp - s["eye"])[..., None, None].sub(depth[:, None] * world).unbind(1)  # from here to the lamp
+        square = lx**2 + ly**2 + lz**2
+        tx, tz = turned(lx, lz, cos, sin)
+        facing = torch.where(on_x, -rx.sign() * tx, torch.where(on_y, -ry.sign() * ly, -rz.sign() * tz)) * square.rsqrt()
+        light = light + facing.clamp(min=0) / (1 + square / 9) * 1.2
+    shade = shade * light * (1 - .35 * torch.exp(edge / -.15))
+    image = torch.stack([red * red_gain, green, blue * blue_gain], 1) * shade[:, None]
+    image = image * (exposure / image.mean((1, 2, 3))[:, None, None])[:, None]
+    pixel = torch.arange(H * W, device=device).view(1, H, W)
+    random_bits = (hashed(pixel, torch.tensor(keys, device=device)[:, None, None] % 65521) * 2**24).int()
+    image = image + noise[:, None] * torch.stack([(random_bits >> 8 * c & 255) / 128 - 1 for c in range(3)], 1)
+    image = image.clamp(0, 1)
+    image = tone[:, None] * image + (1 - tone[:, None]) * image.sqrt()  # a camera's curve, between linear and gamma 2
+    return (image * 255).round().to(torch.uint8), depth
 
 
 def kinect_holes(depth, index):
@@ -724,13 +760,14 @@ def write_rooms(out, n, seed=0, device="cpu"):
     if out.exists() and not (out / "rooms.json").is_file():
         raise ValueError(f"{out}: exists and holds no rooms: choose another --out")
     counts, start, done = {"train": n, "val": n // 8}, time.time(), 0
+    batch = 1 if device == "cpu" else 64  # one frame stays in a processor's cache
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
     try:
         for part, count in counts.items():
             (partial / part / "rooms").mkdir(parents=True)
-            for i in range(0, count, 4):
+            for i in range(0, count, batch):
                 # Validation rooms are numbers -1, -2, ...: more training rooms never become validation rooms.
-                numbers = [j if part == "train" else -1 - j for j in range(i, min(i + 4, count))]
+                numbers = [j if part == "train" else -1 - j for j in range(i, min(i + batch, count))]
                 for j, image, depth in zip(range(i, count), *(t.cpu() for t in render(numbers, seed, device=device))):
                     depth = kinect_holes(depth, j) if part == "train" else depth
                     with h5py.File(partial / part / "rooms" / f"{j:05d}.h5", "w") as h5:

@@ -686,7 +686,7 @@ def test_every_face_is_level_or_upright_and_the_camera_stands_at_eye_level(rende
 
 def test_nothing_is_seen_through_a_nearer_face(rendered):
     """Faces are convex: what lies half way between two pixels of one face is that face, or nearer. (Two legs of a chair also
-    share a plane, with a gap between them: they are few.)"""
+    share a plane, with a gap between them, and so do the boards of a shelf: they are few.)"""
     for depth in rendered[1]:
         (n, flat), w = faces(depth), 1 / depth[1:-1, 1:-1].numpy()
         through = pairs = 0
@@ -694,7 +694,7 @@ def test_nothing_is_seen_through_a_nearer_face(rendered):
             same_face = flat[:, :-2 * gap] & flat[:, 2 * gap:] & (np.abs(n[:, :-2 * gap] - n[:, 2 * gap:]).max(-1) < 1e-3)
             behind = w[:, gap:-gap] < 0.97 * (w[:, :-2 * gap] + w[:, 2 * gap:]) / 2
             through, pairs = through + (same_face & behind).sum(), pairs + same_face.sum()
-        assert through < 0.001 * pairs
+        assert through < 0.01 * pairs
 
 
 def test_a_picture_shows_the_scene_of_its_depth(rendered):

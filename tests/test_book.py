@@ -1,0 +1,98 @@
+"""The README is true: its commands run, its names and tests exist, its figures are those of the code."""
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = ("model", "data", "loss", "train", "eval", "export")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+
+# What makes each command small; argparse takes the last of a flag that is given twice.
+MINIATURE = {
+    "train": "--rooms 16 --limit 8 --batch-size 4 --size 64 64 --device cpu".split(),
+    "eval": ["--device", "cpu"],
+}
+
+
+def commands():
+    """Every `python SCRIPT.py ...` of the README's blocks, in reading order, comments cut off."""
+    lines = [line.split("  #")[0].strip() for _, block in BLOCKS for line in block.splitlines()]
+    return [line.partition("&& ")[2] or line for line in lines if re.search(r"\bpython \w+\.py", line)]
+
+
+def run(command, monkeypatch):
+    script, *arguments = shlex.split(command.removeprefix("OMP_NUM_THREADS=2 "))[1:]
+    name = script.removesuffix(".py")
+    small = MINIATURE.get(name, [])
+    if name == "train":
+        epochs = arguments.index("--epochs") if "--epochs" in arguments else None
+        arguments[epochs + 1 if epochs is not None else len(arguments):] = [] if epochs is None else ["1", *arguments[epochs + 2:]]
+    monkeypatch.setattr(sys, "argv", [script, *arguments, *small])
+    module = importlib.import_module(name)
+    module.main(*([] if name == "model" else [[*arguments, *small]]))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder with what the README takes for granted: somebody's NYU folder and photos."""
+    rng = np.random.default_rng(0)
+    for folder in ("nyu/rgb", "nyu/depth", "photos"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / f"nyu/rgb/{i:05d}.jpg")
+        Image.fromarray(rng.integers(800, 8000, (48, 64)).astype(np.uint16)).save(tmp_path / f"nyu/depth/{i:05d}.png")
+    (tmp_path / "nyu/scenes.csv").write_text("frame,scene\n" + "".join(f"{i:05d},room_{i // 2:04d}\n" for i in range(20)))
+    Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photos/photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_runs_as_written_but_smaller(home, monkeypatch):
+    found = commands()
+    assert {re.search(r"(\w+)\.py", command)[1] for command in found} >= {"model", "data", "train", "eval", "export"}
+    for command in found:
+        run(command, monkeypatch)
+
+
+def test_every_python_block_runs(home):
+    cv2 = pytest.importorskip("cv2")
+    ...
+
+
+def test_every_name_exists():
+    names = set(re.findall(r"`(model|data|loss|train|eval|export)\.((?!py\b)[A-Za-z_][\w.]*)", README))
+    assert len(names) > 40
+    for module, path in names:
+        value = importlib.import_module(module)
+        for part in path.split("."):
+            assert hasattr(value, part), f"{module}.{path} is named in the README and does not exist"
+            value = getattr(value, part)
+
+
+def test_every_test_that_proves_something_exists():
+    written = {name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 15 and named <= written, named - written
+
+
+def test_the_table_of_networks_is_what_model_py_counts(capsys, monkeypatch):
+    import model
+    monkeypatch.setattr(sys, "argv", ["model.py"])
+    model.main()
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name, size, stride, parameters, weights, gmacs = line.split()
+        row = next(row for row in README.splitlines() if row.startswith(f"| `{name}` |"))
+        assert all(f"| {cell} |" in row for cell in (size, stride, parameters, weights, gmacs)), row
+
+
+def test_every_flag_that_is_named_exists():
+    text = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert f'"{flag}"' in text, flag
