@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import data
 import model
@@ -269,6 +269,29 @@ def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
     assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
+def test_ema_validates_and_saves_the_moving_average_of_weights_and_statistics(flags, rooms, tmp_path, monkeypatch):
+    built, states = [], []
+    monkeypatch.setattr(train, "build_model", lambda *a, **k: built.append(network := model.build_model(*a, **k)) or network)
+    remember = register_optimizer_step_post_hook(lambda *_: states.append({k: v.double().numpy().copy() for k, v in built[0].state_dict().items()}))
+    try:
+        train.main([*flags, "--epochs", "2", "--ema", "0.15", "--lr", "0.5"])
+    finally:
+        remember.remove()
+    torch.manual_seed(0)
+    expected = {name: value.double().numpy() for name, value in model.build_model("fastdepth-pruned").state_dict().items()}
+    for step, state in enumerate(states):
+        decay = min(0.15, (1 + step) / (10 + step))  # 0.1 at the first step
+        expected = {name: value if "num_batches" in name else decay * expected[name] + (1 - decay) * value for name, value in state.items()}
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    for name, value in expected.items():
+        np.testing.assert_allclose(saved["weights"][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(saved["trained"][name], states[-1][name], err_msg=name)
+    network, _ = model.load_model(tmp_path / "run" / "last.pt")
+    val = torch.utils.data.DataLoader(data.open_dataset(rooms, "val", (64, 64)))
+    assert evaluate(network, val, 10.0)[0]["rmse"] == pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-4)
+    assert evaluate(built[0].eval(), val, 10.0)[0]["rmse"] != pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-3)
+
+
 def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path, every_step):
     groups = []
     every_step(lambda optimizer: groups.append([optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "momentum")]))
@@ -286,7 +309,7 @@ def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(fla
 @pytest.mark.parametrize("stop_at, more", [
     (2, "--epochs 1 --optimizer adam --schedule plateau"),  # in the first epoch
     (8, "--epochs 5 --optimizer sgd --schedule plateau --warmup 4.5"),  # in the fourth, the rate has fallen and is warming up
-    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2"),
+    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2 --augment paper --ema 0.9"),
 ])
 def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
@@ -451,6 +474,7 @@ def refused(argv, monkeypatch, capfd):
     ("--batch-size 11", "11"),
     ("--clip -1", "--clip"),
     ("--warmup -1 --schedule none", "--warmup"),
+    ("--ema 1", "--ema"),
     ("--workers -1", "workers"),
     ("--size 100 100", "100"),
     ("--size 0 64", "--size"),
