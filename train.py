@@ -62,7 +62,7 @@ def make_parser():
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
                    help="plateau: x 0.3 after 2 epochs without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
-    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from 0 over these")
+    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="validate and save the moving average of the weights, over about 1 / (1 - DECAY) steps; 0: no average")
@@ -128,7 +128,7 @@ def parse(argv):
 
 def save_checkpoint(file, state):
     """Write a dict of tensors and plain values whole or not at all."""
-    partial = file.with_suffix(".partial")
+    partial = file.with_name("checkpoint.partial")  # one name for all: what a killed process left is gone after the next save
     try:
         torch.save(state, partial)
         os.replace(partial, file)
@@ -205,13 +205,13 @@ def constant_map(dataset, max_depth, most=512):
     return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
 
 
-def scheduled_lr(args, rate, epoch):
-    """The learning rate at a point in time, counted in epochs with fractions. rate: --lr, or where plateau has brought it."""
-    factor = min(1, epoch / args.warmup) if args.warmup else 1
+def scheduled_lr(args, rate, step, steps):
+    """The learning rate of a step, counted from 0 over the whole run of `steps` an epoch. rate: --lr, or where plateau has brought it."""
+    factor = min(1, (step + 1) / (args.warmup * steps)) if args.warmup else 1  # + 1: a step at rate 0 would teach nothing
     if args.schedule == "cosine":
-        factor *= (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+        factor *= (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2
     elif args.schedule == "step":
-        factor *= 0.1 ** (int(epoch) // 5)
+        factor *= 0.1 ** (step // (5 * steps))
     return rate * factor
 
 
@@ -311,8 +311,9 @@ def main(argv=None):
             model.train()
             total, start = 0.0, time.time()
             for step, (image, depth, index) in enumerate(batches(loader)):
+                step_of_run = epoch * steps + step
                 for group in optimizer.param_groups:
-                    group["lr"] = scheduled_lr(args, rate, epoch + step / steps)
+                    group["lr"] = scheduled_lr(args, rate, step_of_run, steps)
                 image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
                 depth = depth.to(args.device, non_blocking=True)
                 with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
@@ -333,7 +334,7 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 if args.ema:  # of batch norm's statistics too; the first steps forget faster, or the average would be of the start
-                    decay = min(args.ema, (1 + epoch * steps + step) / (10 + epoch * steps + step))
+                    decay = min(args.ema, (1 + step_of_run) / (10 + step_of_run))
                     for mean, now in zip(average.state_dict().values(), model.state_dict().values()):
                         mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
                 total += value

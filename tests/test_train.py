@@ -240,8 +240,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypat
 
 @pytest.mark.parametrize("schedule, epochs, expected", [
     ("step", 6, lambda t: 0.01 if t < 5 else 0.001),
-    ("cosine --warmup 1", 3, lambda t: min(t, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 3))),
-    ("none --warmup 1.5", 2, lambda t: 0.01 * min(t / 1.5, 1)),
+    ("cosine --warmup 1", 3, lambda t: min(t + 0.5, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 3))),
+    ("none --warmup 1.5", 2, lambda t: 0.01 * min((t + 0.5) / 1.5, 1)),  # a third at the first of three steps, not 0
 ])
 def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, expected, flags, every_step):
     rates = []
@@ -253,7 +253,7 @@ def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, e
 @pytest.mark.parametrize("factor, warmup, expected", [
     (1.0, "0", [0.01, 0.01, 0.01, 0.003, 0.003, 0.0009]),  # epochs 2 and 3 are no better, nor are 4 and 5
     (0.9, "0", 4 * [0.01]),
-    (1.0, "4", [0.00125, 0.00375, 0.00625, 0.003 * 0.875, 0.003, 0.0009]),  # the rate of the last step of an epoch
+    (1.0, "4", [0.0025, 0.005, 0.0075, 0.003, 0.003, 0.0009]),  # the rate of the last step of an epoch
 ])
 def test_plateau_lowers_the_rate_where_the_rmse_stays_and_not_where_it_falls(factor, warmup, expected, flags, tmp_path, monkeypatch):
     let_rmse_fall(monkeypatch, factor)
