@@ -3,6 +3,7 @@
     python train.py --epochs 10                                  # renders rooms on first use, needs no download
     python train.py --epochs 10 --data nyu                       # any data set that data.py knows
     python train.py --resume runs/fastdepth-1                    # go on after Ctrl-C, bit for bit
+    torchrun --nproc_per_node=2 train.py --data nyu              # a process per GPU, each with its share of every batch
 
 Loss, optimizer and batch are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight decay 1e-4, 8
 pictures. Learning rate, plateau schedule and augmentation were chosen by measurement (README). Everything goes to --out:
@@ -17,9 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import distributed
 
 from data import GEOMETRIES, Parser, batches, check_device, have_rooms, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
@@ -74,6 +77,7 @@ def make_parser():
     # results
     p.add_argument("--out", metavar="DIR", help="(default: the next free runs/MODEL-k)")
     p.add_argument("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags; flags given here replace them")
+    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also write for TensorBoard, into --out")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return p
 
@@ -91,8 +95,7 @@ def parse(argv):
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume:
-        args.resume = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
-        folder = args.resume
+        args.resume = folder = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
         file = Path(folder) / "last.pt"
         saved = load_checkpoint(file)
         parser.set_defaults(**saved["args"])  # as before, but for what is given now
@@ -115,7 +118,7 @@ def parse(argv):
     if any(n % 32 or n <= 0 for n in args.size):
         parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
     args.lr = args.lr or spec["lr"] * dict(sgd=1, adam=0.02)[args.optimizer]
-    check_device(args.device)
+    check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if args.amp is None:
         args.amp = "bf16" if computes_bf16(args.device) else "none"
     return args, saved
@@ -154,12 +157,6 @@ def claim_folder(model):
             pass
 
 
-def write_log(file, history):
-    """The rows of all epochs as CSV, written anew each time, so that a resumed run's log is whole."""
-    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
-    file.write_text("\n".join(lines) + "\n")
-
-
 def draw_curves(file, history, constant):
     """Loss, validation RMSE and d1 over the epochs; grey: the constant map."""
     width, height, left, top = 360, 240, 50, 30
@@ -189,6 +186,13 @@ def draw_curves(file, history, constant):
     sheet.save(file)
 
 
+def write_record(out, history, constant):
+    """log.csv and curves.png of all epochs, written anew each time, so that they are whole after a resume."""
+    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
+    (out / "log.csv").write_text("\n".join(lines) + "\n")
+    draw_curves(out / "curves.png", history, constant)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------------
@@ -215,11 +219,34 @@ def scheduled_lr(args, rate, step, steps):
     return rate * factor
 
 
+def join_ranks(args):
+    """Meet the processes that torchrun started beside this one, if any: -> the rank of this one, and how many there are."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: make it a multiple of {ranks}")
+    if ranks > 1:
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return rank, ranks
+
+
 def main(argv=None):
     """Train as the flags say; returns the validation metrics of the best epoch."""
     args, saved = parse(argv)
-    if Path(args.data) == ROOMS and not have_rooms(ROOMS, args.rooms):
+    rank, ranks = join_ranks(args)
+    master = rank == 0  # the only one that writes and validates
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    if Path(args.data) == ROOMS and master and not have_rooms(ROOMS, args.rooms):
         write_rooms(ROOMS, args.rooms)
+    if ranks > 1:
+        distributed.barrier()  # until the rooms are there
     torch.manual_seed(args.seed)
 
     # Data
@@ -228,8 +255,8 @@ def main(argv=None):
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
         raise ValueError(f"{args.data}: {len(train_set)} training pairs are less than a batch of {args.batch_size}: lower --batch-size")
-    loading = dict(batch_size=args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
-    val_loader = torch.utils.data.DataLoader(val_set, **loading)
+    loading = dict(num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
+    val_loader = torch.utils.data.DataLoader(val_set, args.batch_size, **loading)
     steps = len(train_set) // args.batch_size  # an incomplete last batch is left out: batch norm wants full ones
 
     # Network, loss, optimizer
@@ -253,7 +280,6 @@ def main(argv=None):
     # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, threshold=0.01)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    network = torch.compile(model) if args.compile else model
     kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
 
     # The state of the loop, fresh or resumed
@@ -273,8 +299,13 @@ def main(argv=None):
     elif args.out and (Path(args.out) / "last.pt").exists():
         raise ValueError(f"{args.out}: holds a run already: go on with --resume {args.out}, or choose another --out")
 
+    network = torch.compile(model) if args.compile else model
+    if ranks > 1:  # averages the gradients of all ranks; batch norm's statistics are each rank's own, and rank 0's are kept
+        network = torch.nn.parallel.DistributedDataParallel(network)
+
     # The plan
-    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
+    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}"
+          + f"; {ranks} processes, each with {args.batch_size // ranks} pictures of a batch and its own batch norm" * (ranks > 1))
     print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, "
           f"{args.size[0]}x{args.size[1]} ({args.geometry})")
     print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, "
@@ -287,7 +318,7 @@ def main(argv=None):
           "the mean of each pixel, without looking")
     if args.dry_run:
         return best
-    out = Path(args.out) if args.out else claim_folder(args.model)
+    out = Path(args.out or (claim_folder(args.model) if master else "."))
     print(f"results     {out}")
 
     def save(name):
@@ -295,10 +326,12 @@ def main(argv=None):
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
             weights=average.state_dict(), trained=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
-            scaler=scaler.state_dict(), rate=rate, history=history, best=best, args={flag: value for flag, value in vars(args).items() if flag not in once}))
+            scaler=scaler.state_dict(), rate=rate, history=history, best=best,
+            args={flag: value for flag, value in vars(args).items() if flag not in once}))
 
     out.mkdir(parents=True, exist_ok=True)
-    if not saved:
+    writer = SummaryWriter(out, purge_step=len(history) + 1) if args.tensorboard and master else None
+    if not saved and master:
         save("last.pt")  # so that there is always something to go on from, and a full disk shows now
     print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds")
     try:
@@ -306,8 +339,8 @@ def main(argv=None):
             # Everything random depends on the seed and the epoch alone, so that a resumed run draws what it would have.
             torch.manual_seed(args.seed + epoch)
             train_set.epoch = epoch
-            order = torch.Generator().manual_seed(args.seed + epoch)
-            loader = torch.utils.data.DataLoader(train_set, shuffle=True, generator=order, drop_last=True, **loading)
+            order = torch.randperm(len(train_set))[:steps * args.batch_size][rank::ranks]  # a rank's share of every batch
+            loader = torch.utils.data.DataLoader(train_set, args.batch_size // ranks, sampler=order.tolist(), **loading)
             model.train()
             total, start = 0.0, time.time()
             for step, (image, depth, index) in enumerate(batches(loader)):
@@ -320,8 +353,11 @@ def main(argv=None):
                     pred = network(image)
                 if pred.shape != depth.shape:  # compare at the network's own resolution
                     depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")
-                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))
-                if not math.isfinite(value := loss.item()):
+                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))  # of this rank's pictures
+                value = loss.detach() / ranks
+                if ranks > 1:
+                    distributed.all_reduce(value)  # to the mean of all: every rank sees, and stops at, what is not finite
+                if not math.isfinite(value := value.item()):
                     files = " ".join(train_set.files[i] for i in index)
                     print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
                           file=sys.stderr)
@@ -341,7 +377,11 @@ def main(argv=None):
                 progress(f"epoch {epoch + 1}/{args.epochs}", (step + 1) * args.batch_size, steps * args.batch_size, start, f"  loss {value:.3f}")
 
             average.eval()
-            result, _ = evaluate(lambda image: average(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)
+            results = [evaluate(lambda image: average(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)[0]
+                       if master else None]
+            if ranks > 1:  # one number steps the schedulers of all: with numbers of their own their learning rates would drift apart
+                distributed.broadcast_object_list(results)
+            result = results[0]
             if not math.isfinite(result["rmse"]):
                 print(f"\nthe validation RMSE is {result['rmse']} after epoch {epoch + 1}: lower --lr, or set --clip", file=sys.stderr)
                 raise SystemExit(1)
@@ -352,18 +392,32 @@ def main(argv=None):
                     group["lr"] = rate  # without the warm-up
                 plateau.step(row["rmse"])
                 rate = optimizer.param_groups[0]["lr"]
-            if best is None or row["rmse"] < best["rmse"]:
-                best = row
-                save("best.pt")
+            improved = best is None or row["rmse"] < best["rmse"]
+            best = row if improved else best
+            if not master:
+                continue
+            if improved:
+                save("best.pt")  # before last.pt: a run killed between the two goes on from last.pt and comes to this best again
             save("last.pt")
             print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} {row['d1']:7.4f} {row['d2']:7.4f} "
                   f"{row['d3']:7.4f} {row['seconds']:8.1f}")
-            write_log(out / "log.csv", history)
-            draw_curves(out / "curves.png", history, trivial)
+            write_record(out, history, trivial)
+            if args.tensorboard:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, row["epoch"])
+                writer.flush()
     except KeyboardInterrupt:
         print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {out}")
         raise
+    if ranks > 1:
+        distributed.destroy_process_group()
+    if not master:
+        return best
+    write_record(out, history, trivial)  # again, for a run that was killed after its last checkpoint
     sample_sheet(load_model(out / "best.pt")[0], val_set, out / "samples.png", args.max_depth)
+    if args.tensorboard:
+        writer.add_image("samples", np.asarray(Image.open(out / "samples.png")), len(history), dataformats="HWC")
+        writer.close()
     print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
     print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {out}/best.pt --data {args.data}")
     return best
