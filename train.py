@@ -46,7 +46,7 @@ def make_parser():
     p.add_argument("--max-depth", type=float, default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
     p.add_argument("--augment", default="flip", choices=("none", "flip", "paper"), help="paper: also zoom, rotation, colour")
     p.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split: a smoke run")
-    p.add_argument("--workers", type=int, default=0, help="processes that read data")
+    p.add_argument("--workers", type=int, default=0, help="processes that read data, for each that trains")
     # network
     p.add_argument("--model", default="fastdepth", choices=list(MODELS))
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
@@ -58,7 +58,7 @@ def make_parser():
     # optimisation
     p.add_argument("--loss", default="l1", choices=list(LOSSES))
     p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--batch-size", type=int, default=8, help="pictures of a step, of all processes together")
     p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
     p.add_argument("--lr", type=float, help="learning rate (default: the network's, a fiftieth of it for adam)")
     p.add_argument("--momentum", type=float, default=0.9)
@@ -300,7 +300,7 @@ def main(argv=None):
         raise ValueError(f"{args.out}: holds a run already: go on with --resume {args.out}, or choose another --out")
 
     network = torch.compile(model) if args.compile else model
-    if ranks > 1:  # averages the gradients of all ranks; batch norm's statistics are each rank's own, and rank 0's are kept
+    if ranks > 1:  # gradients are averaged over the ranks; batch norm sees a rank's own pictures, and rank 0's statistics are kept
         network = torch.nn.parallel.DistributedDataParallel(network)
 
     # The plan
@@ -353,7 +353,7 @@ def main(argv=None):
                     pred = network(image)
                 if pred.shape != depth.shape:  # compare at the network's own resolution
                     depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")
-                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))  # of this rank's pictures
+                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))  # a mean over this rank's pixels
                 value = loss.detach() / ranks
                 if ranks > 1:
                     distributed.all_reduce(value)  # to the mean of all: every rank sees, and stops at, what is not finite
