@@ -3,12 +3,14 @@
     python train.py --epochs 10                                  # renders rooms on first use, needs no download
     python train.py --epochs 10 --data nyu                       # any data set that data.py knows
     python train.py --resume runs/fastdepth-1                    # go on after Ctrl-C, bit for bit
+    torchrun --nproc_per_node=2 train.py --data nyu              # a process per GPU, each with its share of every batch
 
 Loss, optimizer and batch are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight decay 1e-4, 8
 pictures. Learning rate, plateau schedule and augmentation were chosen by measurement (README). Everything goes to --out:
 last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
 """
 import argparse
+import copy
 import itertools
 import math
 import os
@@ -16,9 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import distributed
 
 from data import GEOMETRIES, Parser, batches, check_device, have_rooms, open_dataset, progress, run_script, valid_mask, write_rooms
 from eval import evaluate, sample_sheet
@@ -42,7 +46,7 @@ def make_parser():
     p.add_argument("--max-depth", type=float, default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
     p.add_argument("--augment", default="flip", choices=("none", "flip", "paper"), help="paper: also zoom, rotation, colour")
     p.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split: a smoke run")
-    p.add_argument("--workers", type=int, default=0, help="processes that read data")
+    p.add_argument("--workers", type=int, default=0, help="processes that read data, for each that trains")
     # network
     p.add_argument("--model", default="fastdepth", choices=list(MODELS))
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
@@ -54,15 +58,17 @@ def make_parser():
     # optimisation
     p.add_argument("--loss", default="l1", choices=list(LOSSES))
     p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--batch-size", type=int, default=8, help="pictures of a step, of all processes together")
     p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
     p.add_argument("--lr", type=float, help="learning rate (default: the network's, a fiftieth of it for adam)")
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
                    help="plateau: x 0.3 after 2 epochs without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
-    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from 0 over these")
+    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
     p.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient")
+    p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
+                   help="validate and save the moving average of the weights, over about 1 / (1 - DECAY) steps; 0: no average")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: bf16 where the processor computes it)")
@@ -71,6 +77,7 @@ def make_parser():
     # results
     p.add_argument("--out", metavar="DIR", help="(default: the next free runs/MODEL-k)")
     p.add_argument("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags; flags given here replace them")
+    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also write for TensorBoard, into --out")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return p
 
@@ -88,8 +95,7 @@ def parse(argv):
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume:
-        args.resume = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
-        folder = args.resume
+        args.resume = folder = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
         file = Path(folder) / "last.pt"
         saved = load_checkpoint(file)
         parser.set_defaults(**saved["args"])  # as before, but for what is given now
@@ -103,6 +109,8 @@ def parse(argv):
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if args.warmup < 0:
         parser.error(f"--warmup must not be below 0, got {args.warmup}")
+    if not 0 <= args.ema < 1:
+        parser.error(f"--ema must be at least 0 and below 1, got {args.ema}")
     if wrong := [option for option in args.options if "=" not in option]:
         parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
     spec = MODELS[args.model]
@@ -110,7 +118,7 @@ def parse(argv):
     if any(n % 32 or n <= 0 for n in args.size):
         parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
     args.lr = args.lr or spec["lr"] * dict(sgd=1, adam=0.02)[args.optimizer]
-    check_device(args.device)
+    check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if args.amp is None:
         args.amp = "bf16" if computes_bf16(args.device) else "none"
     return args, saved
@@ -123,7 +131,7 @@ def parse(argv):
 
 def save_checkpoint(file, state):
     """Write a dict of tensors and plain values whole or not at all."""
-    partial = file.with_suffix(".partial")
+    partial = file.with_name("checkpoint.partial")  # one name for all: what a killed process left is gone after the next save
     try:
         torch.save(state, partial)
         os.replace(partial, file)
@@ -147,12 +155,6 @@ def claim_folder(model):
             return out
         except FileExistsError:
             pass
-
-
-def write_log(file, history):
-    """The rows of all epochs as CSV, written anew each time, so that a resumed run's log is whole."""
-    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
-    file.write_text("\n".join(lines) + "\n")
 
 
 def draw_curves(file, history, constant):
@@ -184,6 +186,13 @@ def draw_curves(file, history, constant):
     sheet.save(file)
 
 
+def write_record(out, history, constant):
+    """log.csv and curves.png of all epochs, written anew each time, so that they are whole after a resume."""
+    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
+    (out / "log.csv").write_text("\n".join(lines) + "\n")
+    draw_curves(out / "curves.png", history, constant)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------------
@@ -200,21 +209,44 @@ def constant_map(dataset, max_depth, most=512):
     return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
 
 
-def scheduled_lr(args, rate, epoch):
-    """The learning rate at a point in time, counted in epochs with fractions. rate: --lr, or where plateau has brought it."""
-    factor = min(1, epoch / args.warmup) if args.warmup else 1
+def scheduled_lr(args, rate, step, steps):
+    """The learning rate of a step, counted from 0 over the whole run of `steps` an epoch. rate: --lr, or where plateau has brought it."""
+    factor = min(1, (step + 1) / (args.warmup * steps)) if args.warmup else 1  # + 1: a step at rate 0 would teach nothing
     if args.schedule == "cosine":
-        factor *= (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+        factor *= (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2
     elif args.schedule == "step":
-        factor *= 0.1 ** (int(epoch) // 5)
+        factor *= 0.1 ** (step // (5 * steps))
     return rate * factor
+
+
+def join_ranks(args):
+    """Meet the processes that torchrun started beside this one, if any: -> the rank of this one, and how many there are."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: make it a multiple of {ranks}")
+    if ranks > 1:
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return rank, ranks
 
 
 def main(argv=None):
     """Train as the flags say; returns the validation metrics of the best epoch."""
     args, saved = parse(argv)
-    if Path(args.data) == ROOMS and not have_rooms(ROOMS, args.rooms):
+    rank, ranks = join_ranks(args)
+    master = rank == 0  # the only one that writes and validates
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    if Path(args.data) == ROOMS and master and not have_rooms(ROOMS, args.rooms):
         write_rooms(ROOMS, args.rooms)
+    if ranks > 1:
+        distributed.barrier()  # until the rooms are there
     torch.manual_seed(args.seed)
 
     # Data
@@ -223,8 +255,8 @@ def main(argv=None):
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
         raise ValueError(f"{args.data}: {len(train_set)} training pairs are less than a batch of {args.batch_size}: lower --batch-size")
-    loading = dict(batch_size=args.batch_size, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
-    val_loader = torch.utils.data.DataLoader(val_set, **loading)
+    loading = dict(num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
+    val_loader = torch.utils.data.DataLoader(val_set, args.batch_size, **loading)
     steps = len(train_set) // args.batch_size  # an incomplete last batch is left out: batch norm wants full ones
 
     # Network, loss, optimizer
@@ -241,19 +273,20 @@ def main(argv=None):
         print(f"encoder     from {args.encoder_weights or model.encoder.url}; not used: {', '.join(unused) or 'nothing'}")
     size = count(model, *args.size)
     model = model.to(args.device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model) if args.ema else model  # what is validated and saved as "weights"
     criterion = make_loss(args.loss, args.max_depth)
     make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
     optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, threshold=0.01)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    network = torch.compile(model) if args.compile else model
     kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
 
     # The state of the loop, fresh or resumed
     history, best, rate = [], None, args.lr
     if saved:
-        model.load_state_dict(saved["weights"])
+        average.load_state_dict(saved["weights"])
+        model.load_state_dict(saved["trained"])
         optimizer.load_state_dict(saved["optimizer"])
         plateau.load_state_dict(saved["plateau"])
         scaler.load_state_dict(saved["scaler"])
@@ -266,8 +299,13 @@ def main(argv=None):
     elif args.out and (Path(args.out) / "last.pt").exists():
         raise ValueError(f"{args.out}: holds a run already: go on with --resume {args.out}, or choose another --out")
 
+    network = torch.compile(model) if args.compile else model
+    if ranks > 1:  # gradients are averaged over the ranks; batch norm sees a rank's own pictures, and rank 0's statistics are kept
+        network = torch.nn.parallel.DistributedDataParallel(network)
+
     # The plan
-    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}")
+    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}"
+          + f"; {ranks} processes, each with {args.batch_size // ranks} pictures of a batch and its own batch norm" * (ranks > 1))
     print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, "
           f"{args.size[0]}x{args.size[1]} ({args.geometry})")
     print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, "
@@ -280,18 +318,20 @@ def main(argv=None):
           "the mean of each pixel, without looking")
     if args.dry_run:
         return best
-    out = Path(args.out) if args.out else claim_folder(args.model)
+    out = Path(args.out or (claim_folder(args.model) if master else "."))
     print(f"results     {out}")
 
     def save(name):
         once = ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")  # flags of a start, not of a run
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
-            weights=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(), scaler=scaler.state_dict(),
-            rate=rate, history=history, best=best, args={flag: value for flag, value in vars(args).items() if flag not in once}))
+            weights=average.state_dict(), trained=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
+            scaler=scaler.state_dict(), rate=rate, history=history, best=best,
+            args={flag: value for flag, value in vars(args).items() if flag not in once}))
 
     out.mkdir(parents=True, exist_ok=True)
-    if not saved:
+    writer = SummaryWriter(out, purge_step=len(history) + 1) if args.tensorboard and master else None
+    if not saved and master:
         save("last.pt")  # so that there is always something to go on from, and a full disk shows now
     print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds")
     try:
@@ -299,21 +339,25 @@ def main(argv=None):
             # Everything random depends on the seed and the epoch alone, so that a resumed run draws what it would have.
             torch.manual_seed(args.seed + epoch)
             train_set.epoch = epoch
-            order = torch.Generator().manual_seed(args.seed + epoch)
-            loader = torch.utils.data.DataLoader(train_set, shuffle=True, generator=order, drop_last=True, **loading)
+            order = torch.randperm(len(train_set))[:steps * args.batch_size][rank::ranks]  # a rank's share of every batch
+            loader = torch.utils.data.DataLoader(train_set, args.batch_size // ranks, sampler=order.tolist(), **loading)
             model.train()
             total, start = 0.0, time.time()
             for step, (image, depth, index) in enumerate(batches(loader)):
+                step_of_run = epoch * steps + step
                 for group in optimizer.param_groups:
-                    group["lr"] = scheduled_lr(args, rate, epoch + step / steps)
+                    group["lr"] = scheduled_lr(args, rate, step_of_run, steps)
                 image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
                 depth = depth.to(args.device, non_blocking=True)
                 with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
                     pred = network(image)
                 if pred.shape != depth.shape:  # compare at the network's own resolution
                     depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")
-                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))
-                if not math.isfinite(value := loss.item()):
+                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))  # a mean over this rank's pixels
+                value = loss.detach() / ranks
+                if ranks > 1:
+                    distributed.all_reduce(value)  # to the mean of all: every rank sees, and stops at, what is not finite
+                if not math.isfinite(value := value.item()):
                     files = " ".join(train_set.files[i] for i in index)
                     print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
                           file=sys.stderr)
@@ -325,11 +369,19 @@ def main(argv=None):
                     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
                 scaler.step(optimizer)
                 scaler.update()
+                if args.ema:  # of batch norm's statistics too; the first steps forget faster, or the average would be of the start
+                    decay = min(args.ema, (1 + step_of_run) / (10 + step_of_run))
+                    for mean, now in zip(average.state_dict().values(), model.state_dict().values()):
+                        mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
                 total += value
                 progress(f"epoch {epoch + 1}/{args.epochs}", (step + 1) * args.batch_size, steps * args.batch_size, start, f"  loss {value:.3f}")
 
-            model.eval()
-            result, _ = evaluate(lambda image: model(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)
+            average.eval()
+            results = [evaluate(lambda image: average(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)[0]
+                       if master else None]
+            if ranks > 1:  # one number steps the schedulers of all: with numbers of their own their learning rates would drift apart
+                distributed.broadcast_object_list(results)
+            result = results[0]
             if not math.isfinite(result["rmse"]):
                 print(f"\nthe validation RMSE is {result['rmse']} after epoch {epoch + 1}: lower --lr, or set --clip", file=sys.stderr)
                 raise SystemExit(1)
@@ -340,18 +392,32 @@ def main(argv=None):
                     group["lr"] = rate  # without the warm-up
                 plateau.step(row["rmse"])
                 rate = optimizer.param_groups[0]["lr"]
-            if best is None or row["rmse"] < best["rmse"]:
-                best = row
-                save("best.pt")
+            improved = best is None or row["rmse"] < best["rmse"]
+            best = row if improved else best
+            if not master:
+                continue
+            if improved:
+                save("best.pt")  # before last.pt: a run killed between the two goes on from last.pt and comes to this best again
             save("last.pt")
             print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} {row['d1']:7.4f} {row['d2']:7.4f} "
                   f"{row['d3']:7.4f} {row['seconds']:8.1f}")
-            write_log(out / "log.csv", history)
-            draw_curves(out / "curves.png", history, trivial)
+            write_record(out, history, trivial)
+            if args.tensorboard:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, row["epoch"])
+                writer.flush()
     except KeyboardInterrupt:
         print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {out}")
         raise
+    if ranks > 1:
+        distributed.destroy_process_group()
+    if not master:
+        return best
+    write_record(out, history, trivial)  # again, for a run that was killed after its last checkpoint
     sample_sheet(load_model(out / "best.pt")[0], val_set, out / "samples.png", args.max_depth)
+    if args.tensorboard:
+        writer.add_image("samples", np.asarray(Image.open(out / "samples.png")), len(history), dataformats="HWC")
+        writer.close()
     print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
     print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {out}/best.pt --data {args.data}")
     return best

@@ -1,6 +1,7 @@
 """Training on a miniature of the rooms: what a run writes, that it repeats and resumes bit for bit, and how it stops."""
 import csv
 import itertools
+import json
 import math
 import os
 import shlex
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import data
 import model
@@ -204,6 +205,37 @@ def test_training_learns_what_can_be_learnt(tmp_path):
     assert result["rmse"] < 0.7 * 1.398  # what the mean depth scores: sqrt of the mean of (1.875, 0.625, ...)^2
 
 
+def test_tensorboard_gets_every_number_of_every_epoch_and_the_pictures(flags, tmp_path, monkeypatch, capfd):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            events.append((str(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            events.append((name, value, step))
+
+        def add_image(self, name, image, step, dataformats):
+            events.append((name, image.shape, step, dataformats))
+
+        flush = close = lambda self: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), dict(SummaryWriter=SummaryWriter)))
+    train.main([*flags, "--epochs", "1", "--tensorboard"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
+    run, log = tmp_path / "run", read_log(tmp_path / "run")
+    pictures = ("samples", np.asarray(Image.open(run / "samples.png")).shape)
+    for epoch, row in enumerate(log, 1):
+        of_epoch = events[:events.index((*pictures, epoch, "HWC")) + 1]
+        del events[:len(of_epoch)]
+        assert of_epoch[0] == (str(run), epoch)
+        scalars = {name: value for name, value, _ in of_epoch[1:-1] if name != "seconds"}
+        assert scalars == pytest.approx(row, rel=1e-5) and all(step == epoch for *_, step in of_epoch[1:-1])
+    assert not events
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    assert "pip install tensorboard" in refused(["--resume", str(run), "--epochs", "3"], monkeypatch, capfd)
+
+
 def test_init_starts_from_the_weights_of_another_run(flags, finished, tmp_path):
     train.main([*flags, "--epochs", "1", "--init", str(finished[0] / "best.pt"), "--lr", "1e-12"])
     before, after = (torch.load(file)["weights"] for file in (finished[0] / "best.pt", tmp_path / "run" / "last.pt"))
@@ -240,8 +272,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypat
 
 @pytest.mark.parametrize("schedule, epochs, expected", [
     ("step", 6, lambda t: 0.01 if t < 5 else 0.001),
-    ("cosine --warmup 1", 3, lambda t: min(t, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 3))),
-    ("none --warmup 1.5", 2, lambda t: 0.01 * min(t / 1.5, 1)),
+    ("cosine --warmup 1", 3, lambda t: min(t + 0.5, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 3))),
+    ("none --warmup 1.5", 2, lambda t: 0.01 * min((t + 0.5) / 1.5, 1)),  # a third at the first of three steps, not 0
 ])
 def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, expected, flags, every_step):
     rates = []
@@ -253,7 +285,7 @@ def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, e
 @pytest.mark.parametrize("factor, warmup, expected", [
     (1.0, "0", [0.01, 0.01, 0.01, 0.003, 0.003, 0.0009]),  # epochs 2 and 3 are no better, nor are 4 and 5
     (0.9, "0", 4 * [0.01]),
-    (1.0, "4", [0.00125, 0.00375, 0.00625, 0.003 * 0.875, 0.003, 0.0009]),  # the rate of the last step of an epoch
+    (1.0, "4", [0.0025, 0.005, 0.0075, 0.003, 0.003, 0.0009]),  # the rate of the last step of an epoch
 ])
 def test_plateau_lowers_the_rate_where_the_rmse_stays_and_not_where_it_falls(factor, warmup, expected, flags, tmp_path, monkeypatch):
     let_rmse_fall(monkeypatch, factor)
@@ -267,6 +299,45 @@ def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
     train.main([*flags, "--epochs", "1"])
     train.main([*flags, "--epochs", "1", "--out", flags[-1] + "-clipped", "--clip", "0.01"])
     assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_ema_validates_and_saves_the_moving_average_of_weights_and_statistics(flags, rooms, tmp_path, monkeypatch):
+    built, states = [], []
+    monkeypatch.setattr(train, "build_model", lambda *a, **k: built.append(network := model.build_model(*a, **k)) or network)
+    remember = register_optimizer_step_post_hook(lambda *_: states.append({k: v.double().numpy().copy() for k, v in built[0].state_dict().items()}))
+    try:
+        train.main([*flags, "--epochs", "2", "--ema", "0.15", "--lr", "0.5"])
+    finally:
+        remember.remove()
+    torch.manual_seed(0)
+    expected = {name: value.double().numpy() for name, value in model.build_model("fastdepth-pruned").state_dict().items()}
+    for step, state in enumerate(states):
+        decay = min(0.15, (1 + step) / (10 + step))  # 0.1 at the first step
+        expected = {name: value if "num_batches" in name else decay * expected[name] + (1 - decay) * value for name, value in state.items()}
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    for name, value in expected.items():
+        np.testing.assert_allclose(saved["weights"][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(saved["trained"][name], states[-1][name], err_msg=name)
+    network, _ = model.load_model(tmp_path / "run" / "last.pt")
+    val = torch.utils.data.DataLoader(data.open_dataset(rooms, "val", (64, 64)))
+    assert evaluate(network, val, 10.0)[0]["rmse"] == pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-4)
+    assert evaluate(built[0].eval(), val, 10.0)[0]["rmse"] != pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-3)
+
+
+def test_compile_trains_the_same_network_and_saves_it_under_its_own_names(flags, finished, tmp_path, monkeypatch):
+    compile, calls = torch.compile, []
+
+    def traced(network):  # for real, but for the machine code, which takes minutes
+        compiled = compile(network, backend="eager")
+        compiled.register_forward_hook(lambda *_: calls.append(1))
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", traced)
+    train.main([*flags, "--epochs", "1", "--compile"])
+    assert len(calls) == 2
+    weights = torch.load(tmp_path / "run" / "last.pt")["weights"]
+    assert read_log(tmp_path / "run")[0] == pytest.approx(read_log(finished[0])[0], rel=1e-3)
+    model.build_model("fastdepth-pruned").load_state_dict(weights)
 
 
 def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path, every_step):
@@ -284,9 +355,10 @@ def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(fla
 
 
 @pytest.mark.parametrize("stop_at, more", [
-    (2, "--epochs 1 --optimizer adam --schedule plateau"),  # in the first epoch
+    (2, "--epochs 1 --optimizer adam --schedule none"),  # in the first epoch
     (8, "--epochs 5 --optimizer sgd --schedule plateau --warmup 4.5"),  # in the fourth, the rate has fallen and is warming up
-    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2"),
+    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2 --augment paper --ema 0.9"),
+    (12, "--epochs 6 --optimizer sgd --schedule step --augment paper --ema 0.9"),  # in the sixth, where the rate has fallen
 ])
 def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
@@ -307,6 +379,51 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
     assert same(torch.load(tmp_path / "whole" / "last.pt"), torch.load(tmp_path / "run" / "last.pt"))
     assert same(torch.load(tmp_path / "whole" / "best.pt")["weights"], torch.load(tmp_path / "run" / "best.pt")["weights"])
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(flags, finished, tmp_path):
+    script = """
+import os, signal, sys, torch, train
+from pathlib import Path
+
+class Fatal:  # its n-th call ends the process
+    def __init__(self, call, n, last_words=lambda *a: None):
+        self.call, self.n, self.last_words = call, n, last_words
+
+    def __call__(self, *args):
+        self.n -= 1
+        if self.n == 0:
+            self.last_words(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.call(*args)
+
+whole = torch.save
+def half(state, file):
+    whole(state, file)
+    os.truncate(file, Path(file).stat().st_size // 2)
+
+for moment in sys.argv[1].split():
+    what, n = moment.split(":")
+    if not os.fork():
+        if what == "save":
+            torch.save = Fatal(torch.save, int(n), half)
+        else:
+            train.write_record = Fatal(train.write_record, int(n))
+        train.main([*sys.argv[2:], "--epochs", "2", "--out", "run-" + moment])
+    assert os.wait()[1] == signal.SIGKILL, moment
+"""
+    # In the first checkpoint, in the best of epoch 1, in the last of epoch 1 (best.pt is an epoch ahead), and before the last log
+    moments = ["save:1", "save:2", "save:3", "record:2"]
+    subprocess.run([sys.executable, "-c", script, " ".join(moments), *flags], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for moment in moments:
+        out = tmp_path / f"run-{moment}"
+        assert len(list(out.glob("*.partial"))) == moment.startswith("save")
+        train.main([*flags, "--epochs", "2", "--out", str(out)] if moment == "save:1" else ["--resume", str(out)])
+        assert {file.name for file in out.iterdir()} == {file.name for file in finished[0].iterdir()}
+        for name in ("last.pt", "best.pt"):
+            assert same(torch.load(out / name), torch.load(finished[0] / name)), (moment, name)
+        assert read_log(out) == read_log(finished[0])
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
@@ -429,6 +546,71 @@ def test_a_run_never_overwrites_another(rooms, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_that_normalises_the_halves_of_a_batch_apart(flags, tmp_path, monkeypatch):
+    script = """
+import itertools, json, os, sys, time, train
+from pathlib import Path
+from torch import distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# PyTorch lets the processes of one launch meet once; here one launch stands for three.
+meet, distributed.destroy_process_group = distributed.init_process_group, lambda: None
+distributed.init_process_group = lambda *a: distributed.is_initialized() or meet(*a)
+rank, rates, evaluate, calls = int(os.environ["RANK"]), [], train.evaluate, itertools.count()
+register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+
+def wait(what):  # rank 0 has still to write when the others are done
+    if rank == 0:
+        Path(what).touch()
+    while not Path(what).exists():
+        time.sleep(0.05)
+
+# the RMSE stays where it is, so that plateau lowers the rate; that of rank 1, should anybody ask, falls
+train.evaluate = lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": 0.5 ** (rank * next(calls))}, None)
+results = [train.main([*sys.argv[1:], "--epochs", "3"])]
+wait("first")
+results += [train.main(["--resume", sys.argv[-1], "--epochs", "4"])]
+wait("second")
+loss = train.make_loss("l1")
+train.make_loss = lambda *a: lambda pred, *rest: loss(pred * float("nan") if rank == 1 else pred, *rest)
+try:
+    train.main(["--resume", sys.argv[-1], "--epochs", "5"])
+except SystemExit as stop:
+    results.append(stop.code)
+Path(f"{rank}.json").write_text(json.dumps([rates, results]))
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    process = subprocess.run([*command, *flags], cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    (rates, results), (rates_1, results_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert rates == rates_1 == 6 * [0.01] + 2 * [0.003]  # epochs 2 and 3 were no better
+    assert same(results, results_1) and results[2] == 1 and process.stderr.count("the loss is nan in epoch 5, step 1") == 2
+    assert process.stdout.count("2 processes") == 3 and process.stdout.count("best epoch") == 2  # one speaks
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+    forward, l1 = model.DepthNet.forward, train.make_loss("l1")
+
+    def by_halves(network, image):
+        return torch.stack([forward(network, image[k::2]) for k in (0, 1)], 1).flatten(0, 1) if network.training else forward(network, image)
+
+    monkeypatch.setattr(model.DepthNet, "forward", by_halves)
+    monkeypatch.setattr(train, "make_loss", lambda *a: lambda *tensors: sum(l1(*(t[k::2] for t in tensors)) for k in (0, 1)) / 2)
+    let_rmse_fall(monkeypatch, 1.0)
+    train.main([*flags, "--epochs", "4", "--out", str(tmp_path / "one")])
+    assert [row["loss"] for row in read_log(tmp_path / "run")] == pytest.approx([row["loss"] for row in read_log(tmp_path / "one")], rel=1e-3)
+    one, two = (torch.load(tmp_path / out / "last.pt")["weights"] for out in ("one", "run"))
+    start = torch.load(tmp_path / "one" / "best.pt")["weights"]
+    for name in (name for name in one if name.endswith("weight")):  # rounding grows from step to step, but not to a part in fifty
+        assert (one[name] - two[name]).norm() <= 0.02 * (one[name] - start[name]).norm(), name
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # What bad input gets
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -451,6 +633,7 @@ def refused(argv, monkeypatch, capfd):
     ("--batch-size 11", "11"),
     ("--clip -1", "--clip"),
     ("--warmup -1 --schedule none", "--warmup"),
+    ("--ema 1", "--ema"),
     ("--workers -1", "workers"),
     ("--size 100 100", "100"),
     ("--size 0 64", "--size"),
@@ -469,6 +652,12 @@ def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, 
     monkeypatch.chdir(tmp_path)
     assert named in refused([*flags, *wrong.split()], monkeypatch, capfd)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "multiple of 3" in refused(flags, monkeypatch, capfd)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat", "--optimizer adam"])
