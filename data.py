@@ -626,11 +626,6 @@ def furnish(keys):
         camera=torch.stack([between(.38, .62), between(.3, .7), between(.9, 1.2), between(.75, 1.1), between(.01, .05), between(.7, 1)], -1))
 
 
-def turned(x, z, cos, sin):
-    """World x, z -> those in a frame turned by the angle of cos and sin."""
-    return x * cos - z * sin, x * sin + z * cos
-
-
 def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     """Rooms `indices` of a seed -> pictures (B, 3, H, W) uint8 and exact depth (B, H, W) float32 metres.
 
@@ -650,14 +645,13 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     x = (torch.arange(W, device=device) + .5 - W / 2) / (FOCAL * W)  # (W)
     y = (H / 2 - torch.arange(H, device=device) - .5) / (FOCAL * W)  # (H)
 
-    # Each box in its own frame, seen from the eye. A ray there is the sum of what its column and what its row gives.
+    # Each box in its own frame, seen from the eye.
     px, pz, cos, sin = s["poses"][..., 0], s["poses"][..., 1], s["poses"][..., 2].cos(), s["poses"][..., 2].sin()  # (B, K)
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     turn = torch.stack([cos, zero, -sin, zero, one, zero, sin, zero, cos], -1).unflatten(-1, (3, 3))  # (B, K, 3, 3)
     eye = turn @ (s["eye"][:, None] - torch.stack([px, zero, pz], -1))[..., None]  # (B, K, 3, 1)
     low, high = s["boxes"].unflatten(-1, (2, 3)).sub(eye.mT).unbind(-2)  # (B, K, 3)
     frame = turn @ axes[:, None]  # (B, K, 3, 3)
-    by_column, by_row = frame[..., :1] * x + frame[..., 2:], frame[..., 1:2] * y  # (B, K, 3, W), (B, K, 3, H)
 
     # A box is looked for in the rectangle around its corners, or everywhere if one is behind the camera.
     bits = torch.tensor([[i >> axis & 1 for axis in range(3)] for i in range(8)], device=device, dtype=torch.bool)
@@ -670,28 +664,30 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     rectangle = torch.where(behind.any(-1, keepdim=True), limit, torch.maximum(rectangle, limit))
     hidden = within | behind.all(-1) | low.isnan().any(-1)
     rectangle = torch.where(hidden[..., None], 0, rectangle).amin(0).int().tolist()  # of all rooms of the batch together
-    traced_low, traced_high = (torch.where(hidden[..., None], math.nan, t)[..., None, None] for t in (low, high))  # NaN is never hit
+    traced = {k: (slice(top, -bottom), slice(left, -right)) for k, (left, top, right, bottom) in enumerate(rectangle)
+              if k and left < -right and top < -bottom}
+
+    # 1 / depth is affine in the pixel on any plane: the sum of what its column and what its row gives. Where the ray has passed
+    # every plane that has the eye in front of it and none that has the eye behind it, it is in the box: three of the
+    # former (inf where there are fewer), six of the latter (some twice where there are fewer).
+    some = torch.tensor([0, *traced], device=device)
+    lo, hi, inside, axis = low[:, some], high[:, some], (low * high < 0)[:, some], frame[:, some].repeat(1, 1, 3, 1)
+    scale = torch.cat([torch.where(lo > 0, lo, hi), torch.where(lo > 0, hi, lo), torch.where(hi < 0, lo, hi)], -1).reciprocal()  # (B, K', 9)
+    front = torch.where(hidden[:, some, None], -math.inf, torch.where(inside, math.inf, 0))  # (B, K', 3)
+    scale[..., :3].masked_fill_(inside, 0)
+    by_column = (scale * axis[..., 0])[..., None] * x + (scale * axis[..., 2] + F.pad(front, (0, 6)))[..., None]  # (B, K', 9, W)
+    by_row = (scale * axis[..., 1])[..., None] * y  # (B, K', 9, H)
 
     # Box 0 is the room, which every ray leaves; the others are boxes that it may enter.
-    def rays(k, rows=slice(None), columns=slice(None)):  # (B, 3, rows, columns) in the frame of box k
-        return by_column[:, k, :, None, columns] + by_row[:, k, :, rows, None]
-
-    room_low, room_high = low[:, 0, :, None, None], high[:, 0, :, None, None]
-    depth = torch.maximum(room_low / rays(0), room_high / rays(0)).amin(1)  # (B, H, W)
+    near = (by_column[:, 0, 3:, None] + by_row[:, 0, 3:, :, None]).amax(1)  # (B, H, W), 1 / depth
     hit = torch.zeros(B, H, W, dtype=torch.int32, device=device)
-    for k, (left, top, right, bottom) in enumerate(rectangle):
-        rows, columns = slice(top, -bottom), slice(left, -right)
-        if k == 0 or left >= -right or top >= -bottom:
-            continue
-        inverse = rays(k, rows, columns).reciprocal_()
-        one_side, other = traced_low[:, k] * inverse, traced_high[:, k] * inverse
-        near, far = torch.minimum(one_side, other), torch.maximum(one_side, other)
-        enter = torch.maximum(torch.maximum(near[:, 0], near[:, 1]), near[:, 2])
-        leave = torch.minimum(torch.minimum(far[:, 0], far[:, 1]), far[:, 2])
-        before = depth[:, rows, columns]
-        closer = (enter < leave) & (enter > .1) & (enter < before)
-        depth[:, rows, columns] = torch.where(closer, enter, before)
+    for i, (k, (rows, columns)) in enumerate(traced.items(), 1):
+        planes = by_column[:, i, :, None, columns] + by_row[:, i, :, rows, None]  # (B, 9, rows, columns)
+        enter, before = planes[:, :3].amin(1), near[:, rows, columns]
+        closer = enter > torch.maximum(planes[:, 3:].amax(1), before)
+        near[:, rows, columns] = torch.where(closer, enter, before)
         hit[:, rows, columns].masked_fill_(closer, k)
+    depth = near.reciprocal()
 
     # Where each ray ends, in the frame of what it hit: metres from the low faces, and which face that is.
     first = torch.arange(B, device=device)[:, None, None]
@@ -699,44 +695,53 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     def look_up(table, index):  # (B, n), (B, H, W) -> (B, H, W)
         return table.flatten().index_select(0, (index + first * table.shape[1]).flatten()).view(B, H, W)
 
+    def plane(weights):  # (B, 3) -> weights . (x, y, 1), (B, H, W)
+        return (weights[:, :1] * x + weights[:, 2:])[:, None] + (weights[:, 1:2] * y)[..., None]
+
     cos, sin = look_up(cos, hit), look_up(sin, hit)
-    world = rays(0)
-    rx, rz = turned(world[:, 0], world[:, 2], cos, sin)
-    ry = world[:, 1]
+    wx, ry, wz = (plane(axes[:, axis]) for axis in range(3))  # the ray in the world
+    rx, rz = wx * cos - wz * sin, wx * sin + wz * cos  # and in the box's frame
     inner = [depth * ray - look_up(low[..., axis], hit) for axis, ray in enumerate((rx, ry, rz))]
     gaps = [torch.minimum(inner[axis], look_up((high - low)[..., axis], hit) - inner[axis]).abs() for axis in range(3)]
-    gap, edge, _ = torch.stack(gaps).sort(0)[0].unbind()  # edge: metres to the next edge of the box
+    gap = torch.minimum(gaps[0], gaps[1])
+    edge = torch.minimum(torch.maximum(gaps[0], gaps[1]), torch.maximum(gap, gaps[2]))  # the second: metres to the next edge
+    gap = torch.minimum(gap, gaps[2])
     on_x, on_y = gaps[0] == gap, gaps[1] == gap
 
-    # Colour: a pattern of cells with darker joints, fine grain that fades with distance, lamps, dark corners, the camera.
-    of_box = torch.cat([s["things"].new_zeros(1), s["things"] + 2])
-    what = torch.where(hit == 0, torch.where(on_y, torch.where(ry < 0, 1, 2), 0), of_box[hit])  # walls, floor, ceiling, things
+    # Colour: a pattern of cells with darker joints, and fine grain that fades with distance.
+    of_box = torch.cat([s["things"].new_zeros(1), s["things"] + 2]).int()
+    what = torch.where(hit == 0, torch.where(on_y, torch.where(ry < 0, 1, 2), 0), of_box.index_select(0, hit.flatten()).view_as(hit))
     red, green, blue, cell_u, cell_v, shift, contrast, glow = (look_up(look, what) for look in s["looks"].unbind(-1))
     fu, fv = torch.where(on_x, inner[2], inner[0]), torch.where(on_y, inner[2], inner[1])
     cells_v = fv / cell_v
     row = cells_v.floor()
     cells_u = fu / cell_u + .5 * shift * row
     column = cells_u.floor()
-    du, dv = cells_u - column, cells_v - row
-    joint = (torch.minimum(du, 1 - du) * cell_u < .004) | (torch.minimum(dv, 1 - dv) * cell_v < .004)
+    joint = torch.minimum((cells_u - column - .5).abs_().sub_(.5).mul_(-cell_u), (cells_v - row - .5).abs_().sub_(.5).mul_(-cell_v)) < .004
     grain = (hashed((fu * 50).floor(), (fv * 50).floor(), what) - .5) * (1.5 / depth).clamp(max=1)
     shade = 1 - .25 * joint - contrast * (hashed(column, row, what) - .25 * grain)
+
+    # Light: of the room, of lamps, less in corners. A lamp at L from the eye is at L - depth * ray from here.
     exposure, ambient, red_gain, blue_gain, noise, tone = (c[:, None, None] for c in s["camera"].unbind(-1))
     light = ambient + glow
-    for lamp in s["lamps"].unbind(1):
-        lx, ly, lz = (lamp - s["eye"])[..., None, None].sub(depth[:, None] * world).unbind(1)  # from here to the lamp
-        square = lx**2 + ly**2 + lz**2
-        tx, tz = turned(lx, lz, cos, sin)
-        facing = torch.where(on_x, -rx.sign() * tx, torch.where(on_y, -ry.sign() * ly, -rz.sign() * tz)) * square.rsqrt()
-        light = light + facing.clamp(min=0) / (1 + square / 9) * 1.2
+    along = torch.where(on_x, rx, torch.where(on_y, ry, rz))  # the ray along the face's axis
+    nx, ny, nz = torch.where(on_x, cos, 0).where(on_x | on_y, sin), on_y.float(), torch.where(on_x, -sin, 0).where(on_x | on_y, cos)
+    length = 1 + y[:, None]**2 + x**2  # (H, W), the ray's, squared
+    for lamp in (s["lamps"] - s["eye"][:, None]).unbind(1):  # (B, 3)
+        lx, ly, lz = lamp[..., None, None].unbind(1)
+        square = lamp.square().sum(-1)[:, None, None] + depth * (depth * length - plane(2 * (lamp[:, None] @ axes)[:, 0]))
+        facing = depth * along.abs() - along.sign() * (nx * lx + ny * ly + nz * lz)
+        light = light + facing.clamp(min=0) * square.rsqrt() / (1 + square / 9) * 1.2
     shade = shade * light * (1 - .35 * torch.exp(edge / -.15))
+
+    # The camera: white balance, exposure, noise, and a curve between linear and gamma 2.
     image = torch.stack([red * red_gain, green, blue * blue_gain], 1) * shade[:, None]
     image = image * (exposure / image.mean((1, 2, 3))[:, None, None])[:, None]
     pixel = torch.arange(H * W, device=device).view(1, H, W)
     random_bits = (hashed(pixel, torch.tensor(keys, device=device)[:, None, None] % 65521) * 2**24).int()
     image = image + noise[:, None] * torch.stack([(random_bits >> 8 * c & 255) / 128 - 1 for c in range(3)], 1)
     image = image.clamp(0, 1)
-    image = tone[:, None] * image + (1 - tone[:, None]) * image.sqrt()  # a camera's curve, between linear and gamma 2
+    image = tone[:, None] * image + (1 - tone[:, None]) * image.sqrt()
     return (image * 255).round().to(torch.uint8), depth
 
 
