@@ -12,6 +12,7 @@ Metrics are computed per image and then averaged over images. What is compared, 
     densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
 """
 import argparse
+import csv
 import glob
 import json
 import math
@@ -65,6 +66,18 @@ def depth_metrics(pred, target, mask):
     return from_moments(moments(pred, target, mask))
 
 
+EDGES = torch.tensor([0.0, 1, 2, 3, 5, 10, 20, 40])  # of the table by depth, metres; the last range is open
+
+
+def range_sums(pred, target, mask):
+    """As moments(), for the true depth's ranges -> (4, ranges): pixels, squared error, relative error, d1, summed over all of mask."""
+    pred, target = pred[mask].double(), target[mask].double()
+    near = torch.bucketize(target, EDGES[1:].double())  # an edge belongs to the nearer range
+    error, safe = pred - target, pred.clamp(min=1e-3)
+    hit = torch.maximum(safe / target, target / safe) < 1.25
+    return torch.stack([torch.bincount(near, weight, len(EDGES)) for weight in (torch.ones_like(error), error**2, error.abs() / target, hit.double())])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Protocols
 # ------------------------------------------------------------------------------------------------------------------
@@ -85,18 +98,22 @@ def flip_average(predict):
 
 @torch.no_grad()
 def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, what=None):
-    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index): means over images as a dict,
-    with `images` (counted) and `skipped` (no valid pixel), and the per-image moments.
+    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index). Returns means over images as a
+    dict, with `images` (counted) and `skipped` (no valid pixel), and a second dict with what they hide: `images`, the
+    metrics of each as (N,) tensors, NaN where skipped, and `ranges`, a dict for each range of the true depth that occurs.
 
     The prediction is enlarged bilinearly to the truth's size. rows, cols: the part that counts; pooled: means over all
     pixels instead; what: a label for the progress line.
     """
-    found, start, done = [], time.time(), 0
+    found, ranges, start, done = [], 0, time.time(), 0
     for image, depth, _ in batches(loader):
         pred = F.interpolate(predict(image).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)
         pred = pred if clamp is None else pred.clamp(*clamp)
         part = (..., slice(*rows), slice(*cols))
-        found.append(moments(pred[part], depth[part], valid_mask(depth[part], max_depth)))
+        pred, depth = pred[part], depth[part]
+        mask = valid_mask(depth, max_depth)
+        found.append(moments(pred, depth, mask))
+        ranges = ranges + range_sums(pred, depth, mask)
         done += len(image)
         if what:
             progress(what, done, len(loader.dataset), start)
@@ -108,7 +125,12 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
     weight = kept["count"] / kept["count"].sum()
     result = from_moments({name: (value * weight).sum() for name, value in kept.items()}) if pooled else \
         {name: value.mean() for name, value in from_moments(kept).items()}
-    return {name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())), images
+    limits, share = EDGES.tolist() + [math.inf], (ranges[0] / ranges[0].sum()).tolist()
+    _, squared, absrel, d1 = ranges / ranges[0]
+    ranges = [{"from": limits[i], "to": limits[i + 1], "share": share[i], "rmse": squared[i].sqrt().item(), "absrel": absrel[i].item(),
+               "d1": d1[i].item()} for i in range(len(EDGES)) if share[i] > 0]
+    return ({name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())),
+            dict(images=from_moments(images), ranges=ranges))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -178,13 +200,17 @@ def picture_row(image, truth, pred, max_depth):
 
 
 @torch.no_grad()
-def sample_sheet(predict, dataset, file, max_depth, n=6):
-    """Write n evenly chosen samples as RGB | truth | prediction | error."""
+def sample_sheet(predict, dataset, file, max_depth, n=6, notes=None):
+    """Write n evenly chosen samples, or those of notes (index -> text below the picture), as RGB | truth | prediction | error."""
     rows = []
-    for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
+    for i in notes or torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         image, depth, _ = dataset[i]
         pred = F.interpolate(predict(image[None]).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)[0]
         rows.append(picture_row(image, depth, pred, max_depth))
+        if notes:
+            picture = Image.fromarray(rows[-1][0])
+            ImageDraw.Draw(picture).text((4, picture.height - 4), notes[i], fill="white", anchor="ld", stroke_width=2, stroke_fill="black")
+            rows[-1][0] = np.array(picture)
     tile(rows, ("RGB", "truth", "prediction", "error, 0 (dark) to 1 m")).save(file)
 
 
@@ -277,8 +303,10 @@ def main(argv=None):
     parser.add_argument("--depth-scale", type=float, default=1000.0)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
+    parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
+    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model); the worst "
+                                                        "images go to the same name with -worst")
     parser.add_argument("--expect-rmse", type=float, metavar="M", help="exit with 1 when the RMSE is above this")
     # prediction
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures or globs")
@@ -313,16 +341,36 @@ def main(argv=None):
                          "use --protocol own")
     predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else lambda image: image
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
-    result, _ = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
+    result, detail = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
     print(f"{args.model} on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
           f"{result['images']} images, {result['skipped']} without depth skipped")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
-    sheet = args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png")
+    print("\nby true depth, all pixels pooled\n" + f"{'metres':>10}{'share':>9}{'rmse':>9}{'absrel':>9}{'d1':>9}")
+    for r in detail["ranges"]:
+        print(f"{r['from']:4g} to {r['to']:2g}{r['share']:9.1%}{r['rmse']:9.4f}{r['absrel']:9.4f}{r['d1']:9.4f}")
+
+    images = [dict(file=file, **dict(zip(METRICS, values))) for file, values in
+              zip(dataset.files, torch.stack([detail["images"][name] for name in METRICS], 1).tolist())]
+    counted = [i for i in range(len(images)) if not math.isnan(images[i]["rmse"])]
+    worst = sorted(counted, key=lambda i: -images[i]["rmse"])[:6]
+    sheet = Path(args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png"))
+    worst_sheet = sheet.with_stem(sheet.stem + "-worst")
+    for file in filter(None, (args.json, args.csv, sheet)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     sample_sheet(lambda image: predict(view(image)), dataset, sheet, protocol["max_depth"])
-    print(f"pictures: {sheet}")
+    sample_sheet(lambda image: predict(view(image)), dataset, worst_sheet, protocol["max_depth"],
+                 notes={i: f"{'/'.join(Path(images[i]['file']).parts[-2:])[-34:]}\nRMSE {images[i]['rmse']:.3f} m" for i in worst})
+    print(f"\npictures: {sheet}, the worst: {worst_sheet}")
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(vars(args), **result), indent=1) + "\n")
+        found = dict(vars(args), **result, size=at, geometry=geometry, flip=flip, ranges=detail["ranges"], per_image=images)
+        found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, images[0])
+            writer.writeheader()
+            writer.writerows(images)
     if args.expect_rmse is not None and not result["rmse"] <= args.expect_rmse:
         print(f"RMSE {result['rmse']:.4f} is above the expected {args.expect_rmse}")
         raise SystemExit(1)

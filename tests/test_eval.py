@@ -1,4 +1,5 @@
 """Metrics against plain numpy, protocols down to the pixel, and predictions for pictures of every kind."""
+import csv
 import json
 import math
 import subprocess
@@ -142,6 +143,35 @@ def test_the_mean_is_over_images_unless_pooled_for_any_batch_size(batch_size, po
               if (valid := (depth > 0) & (depth <= 4)).any()]
     agree(result, reference(*map(np.concatenate, zip(*pixels))) if pooled else mean_of(reference(*p) for p in pixels))
     assert (result["images"], result["skipped"]) == (4, 1)
+
+
+def test_the_table_by_depth_pools_the_pixels_of_each_range_and_an_edge_belongs_to_the_nearer():
+    generator = torch.Generator().manual_seed(1)
+    depths = 4.5 * torch.rand(3, 1, 8, 12, generator=generator) + 0.4
+    depths[0, 0, 0, :5], depths[1, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 12.0, 0.0]), 7.0
+    data = list(zip(torch.rand(3, 3, 8, 12, generator=generator), depths, range(3)))
+    found = [evaluate(grey_metres, torch.utils.data.DataLoader(data, b), 10.0)[1]["ranges"] for b in (1, 3)]
+    pred, truth = torch.cat([grey_metres(image[None]).ravel() for image, _, _ in data]).double().numpy(), depths.ravel().double().numpy()
+    limits = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 10)]  # 12 m is beyond max_depth, and 10 to 20 m does not occur
+    for ranges in found:
+        assert [(r["from"], r["to"]) for r in ranges] == limits
+        for r, (near, far) in zip(ranges, limits):
+            inside = (truth > near) & (truth <= far)
+            expected = reference(pred[inside], truth[inside])
+            assert {k: r[k] for k in ("rmse", "absrel", "d1")} == pytest.approx({k: expected[k] for k in ("rmse", "absrel", "d1")}, rel=1e-5)
+            assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= 10)).sum())
+
+
+@pytest.mark.parametrize("answer", [0.0, -2.0])
+def test_metrics_and_pictures_survive_a_network_that_answers_0_or_less(answer, tmp_path):
+    def nothing(image):
+        return torch.full((len(image), 1, 8, 12), answer)
+
+    result, detail = evaluate(nothing, torch.utils.data.DataLoader(samples(), 2), 4.0)
+    assert all(math.isfinite(result[name]) for name in METRICS) and (result["d1"], result["d3"]) == (0, 0)
+    assert all(math.isfinite(r[name]) for r in detail["ranges"] for name in r)
+    sample_sheet(nothing, samples(), tmp_path / "sheet.png", 4.0)
+    assert Image.open(tmp_path / "sheet.png").width > 4 * 12
 
 
 def test_a_data_set_without_a_valid_pixel_is_an_error():
@@ -393,6 +423,26 @@ def test_the_command_exits_with_1_when_the_rmse_is_not_what_was_expected(network
     assert all(math.isfinite(found[name]) for name in METRICS)
     assert f"{found['rmse']:.4f}" in result.stdout and "fastdepth" in result.stdout
     eval.main(command[2:] + ["--expect-rmse", str(found["rmse"] + 1e-6)])  # returns
+
+
+def test_csv_and_json_hold_every_image_and_the_worst_sheet_the_worst_first(network, tmp_path, monkeypatch):
+    drawn, usual = [], eval.sample_sheet
+    monkeypatch.setattr(eval, "sample_sheet", lambda *a, notes=None, **k: (drawn.append(notes), usual(*a, notes=notes, **k)))
+    for k in range(4):
+        write_frame(tmp_path / "data", k, blobs(k, 60, 80), np.full((60, 80), [2, 9, 5, 40][k]))  # 40 m: beyond max_depth, skipped
+    folder = tmp_path / "new" / "folder"
+    eval.main([network[0], "--data", str(tmp_path / "data"), "--device", "cpu", "--json", str(folder / "r.json"), "--csv", str(folder / "r.csv"),
+               "--sheet", str(folder / "s.png")])
+    rows = list(csv.DictReader((folder / "r.csv").open()))
+    assert [Path(row["file"]).name for row in rows] == ["0.h5", "1.h5", "2.h5", "3.h5"] and tuple(rows[0])[1:] == METRICS
+    found = json.loads((folder / "r.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    agree(found, mean_of({name: float(row[name]) for name in METRICS} for row in rows[:3]))
+    assert found["per_image"][3]["rmse"] is None and (found["images"], found["skipped"]) == (3, 1)
+    assert [r["share"] for r in found["ranges"]] == pytest.approx([1 / 3] * 3)
+    errors = [float(row["rmse"]) for row in rows[:3]]
+    assert list(drawn[1]) == sorted(range(3), key=lambda i: -errors[i])
+    assert all(f"{i}.h5" in note and f"{errors[i]:.3f}" in note for i, note in drawn[1].items())
+    assert Image.open(folder / "s-worst.png").height < Image.open(folder / "s.png").height
 
 
 @pytest.mark.parametrize("flags, named", [
