@@ -17,6 +17,7 @@ import glob
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,23 +141,26 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
 
 def load_predictor(file, device="cpu"):
     """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
-    geometry, max_depth, and fixed (whether an .onnx file takes one size only). ValueError names the file."""
+    geometry, max_depth, fixed (whether an .onnx file takes one size only) and runs_on. ValueError names the file."""
     if Path(file).suffix != ".onnx":
         model, facts = load_model(file, device)
-        return lambda image: model(image.to(device)), facts | dict(fixed=False)
+        return lambda image: model(image.to(device)), facts | dict(fixed=False, runs_on=str(device))
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     try:
         import onnxruntime
     except ImportError:
         raise ValueError(f"{file}: running an .onnx file needs onnxruntime: pip install onnxruntime") from None
+    kind = device.split(":")[0].upper()  # CUDAExecutionProvider needs onnxruntime-gpu; without it, the CPU
+    providers = [p for p in onnxruntime.get_available_providers() if p in (f"{kind}ExecutionProvider", "CPUExecutionProvider")]
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(file), providers=providers)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["fastdepth"])
     except KeyError:
         raise ValueError(f"{file}: was not written by export.py: its size and unit are not known") from None
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise ValueError(f"{file}: onnxruntime cannot read it ({str(error).splitlines()[0]}): export it again") from None
+    facts["runs_on"] = "onnxruntime's " + session.get_providers()[0]
     return lambda image: torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0]), facts
 
 
@@ -256,31 +260,55 @@ def find_pictures(paths):
     return found
 
 
+LONGEST = 4096  # pixels; depth of a larger picture is written at a half, a third, ... of its size
+
+
+def visible_part(height, width, geometry):
+    """Rows and columns of a picture that a geometry shows: all of them, or FastDepth's crop."""
+    if geometry == "full":
+        return slice(0, height), slice(0, width)
+    rows, cols, _ = sampling_grid(height, width, FASTDEPTH_VIEW[1], geometry)
+    return slice(rows.min(), rows.max() + 1), slice(cols.min(), cols.max() + 1)
+
+
 @torch.no_grad()
-def predict_pictures(predict, facts, files, out, size=None, focal=None, ply=False):
-    """Write for each picture NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less), NAME.npy
-    (float32 metres) and NAME_colour.png, at the picture's size."""
+def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
+    """Write for each picture, at its size, NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less),
+    NAME.npy (float32 metres), NAME_colour.png and NAME_sheet.png (the picture beside its depth), and NAME.ply if asked.
+
+    geometry full: all of the picture, at the scale of training; fastdepth: the published crop of it, and depth of that alone.
+    """
     taken = {file.resolve() for file in files}
     for file in files:
-        for suffix in (".png", ".npy", "_colour.png") + (".ply",) * ply:
+        for suffix in (".png", ".npy", "_colour.png", "_sheet.png") + (".ply",) * ply:
             target = (out / (file.stem + suffix)).resolve()
             if target in taken:
                 raise ValueError(f"{file}: its result {target.name} would overwrite another file: choose another --out or name")
             taken.add(target)
     out.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL warns above 90 megapixels, and refuses above 180
     for file in files:
         picture = read_image(file)
         height, width = picture.shape[:2]
-        at = size or (facts["size"] if facts["fixed"] else whole_picture_size(height, width, frame_size(facts)))
-        image = shown(at, "full")(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
-        depth = F.interpolate(predict(image).float().cpu(), (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+        if (step := -(-max(height, width) // LONGEST)) > 1:
+            picture = picture[::step, ::step].copy()
+        at = size or (facts["size"] if facts["fixed"] or geometry != "full" else whole_picture_size(height, width, frame_size(facts)))
+        image = shown(at, geometry)(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
+        picture = picture[visible_part(*picture.shape[:2], geometry)]
+        depth = F.interpolate(predict(image).float().cpu(), picture.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
         Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(out / f"{file.stem}.png")
         np.save(out / f"{file.stem}.npy", depth)
-        with_scale_bar(depth).save(out / f"{file.stem}_colour.png")
-        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
+        colour = with_scale_bar(depth)
+        colour.save(out / f"{file.stem}_colour.png")
+        sheet = Image.new("RGB", (picture.shape[1] + 4 + colour.width, colour.height), "white")
+        sheet.paste(Image.fromarray(picture))
+        sheet.paste(colour, (picture.shape[1] + 4, 0))
+        sheet.save(out / f"{file.stem}_sheet.png")
+        part = f", written at {depth.shape[1]}x{depth.shape[0]}" * (depth.shape != (height, width)) + ": FastDepth's crop" * (geometry != "full")
+        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}{part}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
         if ply:
             pixels = focal or FOCAL * max(width, height)
-            write_ply(out / f"{file.stem}.ply", depth, picture, pixels)
+            write_ply(out / f"{file.stem}.ply", depth, picture, pixels / step)
             print(f"{out / file.stem}.ply: focal length {pixels:.0f} pixels, {'given' if focal else 'assumed: 0.81 of the longer side'}")
 
 
@@ -294,7 +322,7 @@ def main(argv=None):
     parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
-    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's; for --images full)")
     # evaluation
     parser.add_argument("--data", help="data set of any layout that data.py knows")
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
@@ -327,7 +355,7 @@ def main(argv=None):
         raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only: export it with --size or --dynamic")
     if args.images:
         return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
-                                args.focal, args.ply)
+                                args.geometry or "full", args.focal, args.ply)
 
     protocol = dict(PROTOCOLS[args.protocol])
     native, own_flip = protocol.pop("native"), protocol.pop("flip")
@@ -342,7 +370,7 @@ def main(argv=None):
     predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else lambda image: image
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
     result, detail = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
-    print(f"{args.model} on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
+    print(f"{args.model} ({facts['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
           f"{result['images']} images, {result['skipped']} without depth skipped")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))

@@ -300,6 +300,9 @@ def test_every_file_of_a_prediction_has_the_size_of_the_picture(height, width, n
     assert depth.shape == millimetres.shape == (height, width) and depth.dtype == np.float32 and millimetres.dtype == np.uint16
     assert abs(millimetres / 1000 - depth).max() <= 0.0005 + 1e-6
     assert colour.shape[0] >= height and colour.shape[1] > width
+    sheet = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))  # the picture, and beside it the colours of its depth
+    np.testing.assert_array_equal(sheet[:height, :width], np.array(Image.open(tmp_path / "photo.jpg")))
+    np.testing.assert_array_equal(sheet[:, -colour.shape[1]:], colour)
 
 
 def test_a_picture_gives_the_same_depth_however_it_is_stored(network, tmp_path):
@@ -318,12 +321,41 @@ def test_a_picture_gives_the_same_depth_however_it_is_stored(network, tmp_path):
     white.save(folder / "white.png")
     grey.save(folder / "grey.png")
     grey.convert("RGB").save(folder / "grey_rgb.png")
+    grey.convert("LA").save(folder / "grey_alpha.png")
     Image.fromarray(np.array(grey).astype(np.uint16) * 257).save(folder / "grey_16bit.png")
+    palette = colour.quantize(50)
+    palette.save(folder / "palette.png")
+    palette.convert("RGB").save(folder / "palette_rgb.png")
     (folder / "notes.txt").write_text("no picture")
     depth = predicted(network, tmp_path / "depth", "--images", folder)
-    assert len(depth) == 8
+    assert len(depth) == 11
     for name, found in depth.items():
         np.testing.assert_array_equal(found, depth[name.split("_")[0]], err_msg=name)
+
+
+def test_the_published_crop_of_a_picture_gives_depth_of_that_crop_alone(network, tmp_path, capsys):
+    picture = Image.fromarray(blobs(8, 480, 640))
+    picture.save(tmp_path / "photo.png")
+    seen = picture.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((64, 64), NEAREST)
+    with torch.no_grad():
+        expected = network[1](torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None] / 255)[0, 0].numpy()
+    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", "--geometry", "fastdepth", "--ply", "--focal", 500)["photo"]
+    assert "crop" in capsys.readouterr().out
+    height, width = found.shape  # 228 of 250 rows of 480, 304 of 333 columns of 640
+    assert abs(height - 438) <= 2 and abs(width - 584) <= 2
+    np.testing.assert_allclose(found, cv2.resize(expected, (width, height), interpolation=cv2.INTER_LINEAR), atol=1e-3)
+    shown = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))[:height, :width]
+    top, left = (480 - height) // 2, (640 - width) // 2  # to a pixel or two
+    assert any((shown == np.array(picture)[y:y + height, x:x + width]).all() for y in range(top - 2, top + 3) for x in range(left - 2, left + 3))
+
+
+def test_a_very_large_picture_is_written_at_a_fraction_with_the_same_points(network, tmp_path, monkeypatch, capsys):
+    Image.fromarray(blobs(8, 60, 90).repeat(3, 0).repeat(3, 1)).save(tmp_path / "large.png")  # 180x270
+    monkeypatch.setattr(eval, "LONGEST", 100)
+    depth = predicted(network, tmp_path / "depth", "--images", tmp_path / "large.png", "--ply", "--focal", 150)["large"]
+    assert depth.shape == (60, 90) and "written at 90x60" in capsys.readouterr().out
+    points, _ = read_ply(tmp_path / "depth" / "large.ply")
+    np.testing.assert_allclose(points[:, 0] / points[:, 2] * 50 + 45, np.nonzero(depth > 0)[1] + 0.5, rtol=1e-4)  # a third of 150 pixels
 
 
 def test_images_are_files_folders_and_globs(network, tmp_path):
