@@ -12,6 +12,7 @@ Metrics are computed per image and then averaged over images. What is compared, 
     densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
 """
 import argparse
+import copy
 import csv
 import glob
 import json
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress,
                   read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
@@ -139,12 +142,25 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def load_predictor(file, device="cpu"):
+@torch.no_grad()
+def fold_batch_norm(model):
+    """A copy in eval mode, its weights channels last, without batch norm: scale and offset are in the convolution before it."""
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    for block in model.modules():
+        if isinstance(block, nn.Sequential) and isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn, transpose=isinstance(block.conv, nn.ConvTranspose2d))
+            block.bn = nn.Identity()
+    return model
+
+
+def load_predictor(file, device="cpu", threads=0):
     """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
-    geometry, max_depth, fixed (whether an .onnx file takes one size only) and runs_on. ValueError names the file."""
+    geometry, max_depth, fixed (whether an .onnx file takes one size only) and runs_on. threads: of onnxruntime, 0: all
+    cores. ValueError names the file."""
     if Path(file).suffix != ".onnx":
         model, facts = load_model(file, device)
-        return lambda image: model(image.to(device)), facts | dict(fixed=False, runs_on=str(device))
+        folded = fold_batch_norm(model)
+        return lambda image: folded(image.to(device, memory_format=torch.channels_last)), facts | dict(fixed=False, runs_on=str(device))
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -153,8 +169,10 @@ def load_predictor(file, device="cpu"):
         raise ValueError(f"{file}: running an .onnx file needs onnxruntime: pip install onnxruntime") from None
     kind = device.split(":")[0].upper()  # CUDAExecutionProvider needs onnxruntime-gpu; without it, the CPU
     providers = [p for p in onnxruntime.get_available_providers() if p in (f"{kind}ExecutionProvider", "CPUExecutionProvider")]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=providers)
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["fastdepth"])
     except KeyError:
         raise ValueError(f"{file}: was not written by export.py: its size and unit are not known") from None
