@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress,
-                  read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
+from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, above_0, batches, check_device, colourise, multiple_of_32,
+                  open_dataset, progress, read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
 from model import load_model
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -339,15 +339,15 @@ def main(argv=None):
     parser = Parser(description="Evaluate a network on a data set, or predict the depth of pictures.")
     parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
+    parser.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
     parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's; for --images full)")
     # evaluation
     parser.add_argument("--data", help="data set of any layout that data.py knows")
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
     parser.add_argument("--protocol", default="own", choices=PROTOCOLS)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
-    parser.add_argument("--depth-scale", type=float, default=1000.0)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
+    parser.add_argument("--batch-size", type=above_0(int), default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
     parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
@@ -358,16 +358,12 @@ def main(argv=None):
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures or globs")
     parser.add_argument("--out", default="runs/depth", help="folder for the predictions")
     parser.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
-    parser.add_argument("--focal", type=float, metavar="PIXELS", help="the camera's focal length, for --ply")
+    parser.add_argument("--focal", type=above_0(float), metavar="PIXELS", help="the camera's focal length, for --ply")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give --data to evaluate, or --images to predict")
     size = tuple(args.size) if args.size else None
-    if size and any(n % 32 or n <= 0 for n in size):
-        parser.error(f"--size must be multiples of 32, got {size[0]}x{size[1]}")
     check_device(args.device)
-    if args.focal is not None and not args.focal > 0:
-        parser.error(f"--focal must be above 0, got {args.focal}")
     predict, facts = load_predictor(args.model, args.device)
     if facts["fixed"] and size not in (None, tuple(facts["size"])):
         raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only: export it with --size or --dynamic")

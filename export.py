@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Parser, open_dataset, read_image, render, run_script
+from data import Parser, above_0, multiple_of_32, open_dataset, read_image, render, run_script
 from eval import evaluate, find_pictures, fold_batch_norm, load_predictor, shown
 from model import NNConv5, count, load_model, x2
 
@@ -182,14 +182,14 @@ def main(argv=None):
     parser = Parser(description="Export a checkpoint to ONNX and check the file.")
     parser.add_argument("model", help="a .pt file of train.py")
     parser.add_argument("--out", help="(default: the same name with .onnx)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of training)")
+    parser.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="(default: that of training)")
     parser.add_argument("--dynamic", action="store_true", help="free height and width too (not for OpenCV 4)")
     parser.add_argument("--int8", action="store_true", help="also write NAME-int8.onnx, calibrated on --images or --data's train split")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on (default: rendered rooms)")
     parser.add_argument("--data", help="data set to compare on; its val split says what int8 loses")
-    parser.add_argument("--depth-scale", type=float, default=1000.0)
+    parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
     parser.add_argument("--bench", action="store_true", help="also time the ways to run it on one picture")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of --bench and --int8 (default: %(default)s)")
+    parser.add_argument("--threads", type=above_0(int), default=torch.get_num_threads(), help="of --bench and --int8 (default: %(default)s)")
     args = parser.parse_args(argv)
 
     for package in "onnx", "onnxscript", "onnxruntime":
@@ -197,12 +197,8 @@ def main(argv=None):
             raise ValueError(f"exporting needs {package}: pip install onnx onnxscript onnxruntime")
     if args.int8 and (args.dynamic or not (args.images or args.data)):
         parser.error("--int8 needs --data or --images to calibrate on, and one size (no --dynamic)")
-    if args.threads < 1:
-        parser.error(f"--threads must be above 0, got {args.threads}")
     model, facts = load_model(args.model)
     size, out = tuple(args.size or facts["size"]), Path(args.out or Path(args.model).with_suffix(".onnx"))
-    if any(n % 32 or n <= 0 for n in size):
-        parser.error(f"--size must be multiples of 32, got {size[0]} {size[1]}")
     image = real_input(args, size, facts["geometry"])
     out.parent.mkdir(parents=True, exist_ok=True)
     export_onnx(model, out, size, facts, args.dynamic)

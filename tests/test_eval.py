@@ -493,7 +493,7 @@ def test_csv_and_json_hold_every_image_and_the_worst_sheet_the_worst_first(netwo
     ("MODEL --data SMALL --protocol eigen", "240x320"),
     ("MODEL --data SMALL --protocol densedepth", "240x320"),
     ("MODEL --data FRAMES --size 100 100", "100"),
-    ("MODEL --data FRAMES --size 0 64", "0x64"),
+    ("MODEL --data FRAMES --size 0 64", "--size: must be a multiple of 32, got 0"),
     ("MODEL --data FRAMES --batch-size 0", "batch"),
     ("MODEL --data FRAMES --device tpu9", "--device tpu9"),  # and not: the file is broken
     ("MODEL --images NOWHERE.jpg", "NOWHERE.jpg"),
