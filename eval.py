@@ -12,19 +12,24 @@ Metrics are computed per image and then averaged over images. What is compared, 
     densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
 """
 import argparse
+import copy
+import csv
 import glob
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, batches, check_device, colourise, open_dataset, progress,
-                  read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
+from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, above_0, batches, check_device, colourise, multiple_of_32,
+                  open_dataset, progress, read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
 from model import load_model
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -65,6 +70,18 @@ def depth_metrics(pred, target, mask):
     return from_moments(moments(pred, target, mask))
 
 
+EDGES = torch.tensor([0.0, 1, 2, 3, 5, 10, 20, 40])  # of the table by depth, metres; the last range is open
+
+
+def range_sums(pred, target, mask):
+    """As moments(), for the true depth's ranges -> (4, ranges): pixels, squared error, relative error, d1, summed over all of mask."""
+    pred, target = pred[mask].double(), target[mask].double()
+    near = torch.bucketize(target, EDGES[1:].double())  # an edge belongs to the nearer range
+    error, safe = pred - target, pred.clamp(min=1e-3)
+    hit = torch.maximum(safe / target, target / safe) < 1.25
+    return torch.stack([torch.bincount(near, weight, len(EDGES)) for weight in (torch.ones_like(error), error**2, error.abs() / target, hit.double())])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Protocols
 # ------------------------------------------------------------------------------------------------------------------
@@ -85,18 +102,22 @@ def flip_average(predict):
 
 @torch.no_grad()
 def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, what=None):
-    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index): means over images as a dict,
-    with `images` (counted) and `skipped` (no valid pixel), and the per-image moments.
+    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index). Returns means over images as a
+    dict, with `images` (counted) and `skipped` (no valid pixel), and a second dict with what they hide: `images`, the
+    metrics of each as (N,) tensors, NaN where skipped, and `ranges`, a dict for each range of the true depth that occurs.
 
     The prediction is enlarged bilinearly to the truth's size. rows, cols: the part that counts; pooled: means over all
     pixels instead; what: a label for the progress line.
     """
-    found, start, done = [], time.time(), 0
+    found, ranges, start, done = [], 0, time.time(), 0
     for image, depth, _ in batches(loader):
         pred = F.interpolate(predict(image).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)
         pred = pred if clamp is None else pred.clamp(*clamp)
         part = (..., slice(*rows), slice(*cols))
-        found.append(moments(pred[part], depth[part], valid_mask(depth[part], max_depth)))
+        pred, depth = pred[part], depth[part]
+        mask = valid_mask(depth, max_depth)
+        found.append(moments(pred, depth, mask))
+        ranges = ranges + range_sums(pred, depth, mask)
         done += len(image)
         if what:
             progress(what, done, len(loader.dataset), start)
@@ -108,7 +129,12 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
     weight = kept["count"] / kept["count"].sum()
     result = from_moments({name: (value * weight).sum() for name, value in kept.items()}) if pooled else \
         {name: value.mean() for name, value in from_moments(kept).items()}
-    return {name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())), images
+    limits, share = EDGES.tolist() + [math.inf], (ranges[0] / ranges[0].sum()).tolist()
+    _, squared, absrel, d1 = ranges / ranges[0]
+    ranges = [{"from": limits[i], "to": limits[i + 1], "share": share[i], "rmse": squared[i].sqrt().item(), "absrel": absrel[i].item(),
+               "d1": d1[i].item()} for i in range(len(EDGES)) if share[i] > 0]
+    return ({name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())),
+            dict(images=from_moments(images), ranges=ranges))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -116,25 +142,43 @@ def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None)
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def load_predictor(file, device="cpu"):
+@torch.no_grad()
+def fold_batch_norm(model):
+    """A copy in eval mode, its weights channels last, without batch norm: scale and offset are in the convolution before it."""
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    for block in model.modules():
+        if isinstance(block, nn.Sequential) and isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn, transpose=isinstance(block.conv, nn.ConvTranspose2d))
+            block.bn = nn.Identity()
+    return model
+
+
+def load_predictor(file, device="cpu", threads=0):
     """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
-    geometry, max_depth, and fixed (whether an .onnx file takes one size only). ValueError names the file."""
+    geometry, max_depth, fixed (whether an .onnx file takes one size only) and runs_on. threads: of onnxruntime, 0: all
+    cores. ValueError names the file."""
     if Path(file).suffix != ".onnx":
         model, facts = load_model(file, device)
-        return lambda image: model(image.to(device)), facts | dict(fixed=False)
+        folded = fold_batch_norm(model)
+        return lambda image: folded(image.to(device, memory_format=torch.channels_last)), facts | dict(fixed=False, runs_on=str(device))
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     try:
         import onnxruntime
     except ImportError:
         raise ValueError(f"{file}: running an .onnx file needs onnxruntime: pip install onnxruntime") from None
+    kind = device.split(":")[0].upper()  # CUDAExecutionProvider needs onnxruntime-gpu; without it, the CPU
+    providers = [p for p in onnxruntime.get_available_providers() if p in (f"{kind}ExecutionProvider", "CPUExecutionProvider")]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["fastdepth"])
     except KeyError:
         raise ValueError(f"{file}: was not written by export.py: its size and unit are not known") from None
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise ValueError(f"{file}: onnxruntime cannot read it ({str(error).splitlines()[0]}): export it again") from None
+    facts["runs_on"] = "onnxruntime's " + session.get_providers()[0]
     return lambda image: torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0]), facts
 
 
@@ -178,13 +222,17 @@ def picture_row(image, truth, pred, max_depth):
 
 
 @torch.no_grad()
-def sample_sheet(predict, dataset, file, max_depth, n=6):
-    """Write n evenly chosen samples as RGB | truth | prediction | error."""
+def sample_sheet(predict, dataset, file, max_depth, n=6, notes=None):
+    """Write n evenly chosen samples, or those of notes (index -> text below the picture), as RGB | truth | prediction | error."""
     rows = []
-    for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
+    for i in notes or torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         image, depth, _ = dataset[i]
         pred = F.interpolate(predict(image[None]).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)[0]
         rows.append(picture_row(image, depth, pred, max_depth))
+        if notes:
+            picture = Image.fromarray(rows[-1][0])
+            ImageDraw.Draw(picture).text((4, picture.height - 4), notes[i], fill="white", anchor="ld", stroke_width=2, stroke_fill="black")
+            rows[-1][0] = np.array(picture)
     tile(rows, ("RGB", "truth", "prediction", "error, 0 (dark) to 1 m")).save(file)
 
 
@@ -230,31 +278,55 @@ def find_pictures(paths):
     return found
 
 
+LONGEST = 4096  # pixels; depth of a larger picture is written at a half, a third, ... of its size
+
+
+def visible_part(height, width, geometry):
+    """Rows and columns of a picture that a geometry shows: all of them, or FastDepth's crop."""
+    if geometry == "full":
+        return slice(0, height), slice(0, width)
+    rows, cols, _ = sampling_grid(height, width, FASTDEPTH_VIEW[1], geometry)
+    return slice(rows.min(), rows.max() + 1), slice(cols.min(), cols.max() + 1)
+
+
 @torch.no_grad()
-def predict_pictures(predict, facts, files, out, size=None, focal=None, ply=False):
-    """Write for each picture NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less), NAME.npy
-    (float32 metres) and NAME_colour.png, at the picture's size."""
+def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
+    """Write for each picture, at its size, NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less),
+    NAME.npy (float32 metres), NAME_colour.png and NAME_sheet.png (the picture beside its depth), and NAME.ply if asked.
+
+    geometry full: all of the picture, at the scale of training; fastdepth: the published crop of it, and depth of that alone.
+    """
     taken = {file.resolve() for file in files}
     for file in files:
-        for suffix in (".png", ".npy", "_colour.png") + (".ply",) * ply:
+        for suffix in (".png", ".npy", "_colour.png", "_sheet.png") + (".ply",) * ply:
             target = (out / (file.stem + suffix)).resolve()
             if target in taken:
                 raise ValueError(f"{file}: its result {target.name} would overwrite another file: choose another --out or name")
             taken.add(target)
     out.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL warns above 90 megapixels, and refuses above 180
     for file in files:
         picture = read_image(file)
         height, width = picture.shape[:2]
-        at = size or (facts["size"] if facts["fixed"] else whole_picture_size(height, width, frame_size(facts)))
-        image = shown(at, "full")(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
-        depth = F.interpolate(predict(image).float().cpu(), (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+        if (step := -(-max(height, width) // LONGEST)) > 1:
+            picture = picture[::step, ::step].copy()
+        at = size or (facts["size"] if facts["fixed"] or geometry != "full" else whole_picture_size(height, width, frame_size(facts)))
+        image = shown(at, geometry)(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
+        picture = picture[visible_part(*picture.shape[:2], geometry)]
+        depth = F.interpolate(predict(image).float().cpu(), picture.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
         Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(out / f"{file.stem}.png")
         np.save(out / f"{file.stem}.npy", depth)
-        with_scale_bar(depth).save(out / f"{file.stem}_colour.png")
-        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
+        colour = with_scale_bar(depth)
+        colour.save(out / f"{file.stem}_colour.png")
+        sheet = Image.new("RGB", (picture.shape[1] + 4 + colour.width, colour.height), "white")
+        sheet.paste(Image.fromarray(picture))
+        sheet.paste(colour, (picture.shape[1] + 4, 0))
+        sheet.save(out / f"{file.stem}_sheet.png")
+        part = f", written at {depth.shape[1]}x{depth.shape[0]}" * (depth.shape != (height, width)) + ": FastDepth's crop" * (geometry != "full")
+        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}{part}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
         if ply:
             pixels = focal or FOCAL * max(width, height)
-            write_ply(out / f"{file.stem}.ply", depth, picture, pixels)
+            write_ply(out / f"{file.stem}.ply", depth, picture, pixels / step)
             print(f"{out / file.stem}.ply: focal length {pixels:.0f} pixels, {'given' if focal else 'assumed: 0.81 of the longer side'}")
 
 
@@ -267,39 +339,37 @@ def main(argv=None):
     parser = Parser(description="Evaluate a network on a data set, or predict the depth of pictures.")
     parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
-    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's)")
+    parser.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's; for --images full)")
     # evaluation
     parser.add_argument("--data", help="data set of any layout that data.py knows")
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
     parser.add_argument("--protocol", default="own", choices=PROTOCOLS)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
-    parser.add_argument("--depth-scale", type=float, default=1000.0)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
+    parser.add_argument("--batch-size", type=above_0(int), default=8)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
+    parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
+    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model); the worst "
+                                                        "images go to the same name with -worst")
     parser.add_argument("--expect-rmse", type=float, metavar="M", help="exit with 1 when the RMSE is above this")
     # prediction
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures or globs")
     parser.add_argument("--out", default="runs/depth", help="folder for the predictions")
     parser.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
-    parser.add_argument("--focal", type=float, metavar="PIXELS", help="the camera's focal length, for --ply")
+    parser.add_argument("--focal", type=above_0(float), metavar="PIXELS", help="the camera's focal length, for --ply")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give --data to evaluate, or --images to predict")
     size = tuple(args.size) if args.size else None
-    if size and any(n % 32 or n <= 0 for n in size):
-        parser.error(f"--size must be multiples of 32, got {size[0]}x{size[1]}")
     check_device(args.device)
-    if args.focal is not None and not args.focal > 0:
-        parser.error(f"--focal must be above 0, got {args.focal}")
     predict, facts = load_predictor(args.model, args.device)
     if facts["fixed"] and size not in (None, tuple(facts["size"])):
         raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only: export it with --size or --dynamic")
     if args.images:
         return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
-                                args.focal, args.ply)
+                                args.geometry or "full", args.focal, args.ply)
 
     protocol = dict(PROTOCOLS[args.protocol])
     native, own_flip = protocol.pop("native"), protocol.pop("flip")
@@ -313,16 +383,36 @@ def main(argv=None):
                          "use --protocol own")
     predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else lambda image: image
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
-    result, _ = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
-    print(f"{args.model} on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
+    result, detail = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
+    print(f"{args.model} ({facts['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
           f"{result['images']} images, {result['skipped']} without depth skipped")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
-    sheet = args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png")
+    print("\nby true depth, all pixels pooled\n" + f"{'metres':>10}{'share':>9}{'rmse':>9}{'absrel':>9}{'d1':>9}")
+    for r in detail["ranges"]:
+        print(f"{r['from']:4g} to {r['to']:2g}{r['share']:9.1%}{r['rmse']:9.4f}{r['absrel']:9.4f}{r['d1']:9.4f}")
+
+    images = [dict(file=file, **dict(zip(METRICS, values))) for file, values in
+              zip(dataset.files, torch.stack([detail["images"][name] for name in METRICS], 1).tolist())]
+    counted = [i for i in range(len(images)) if not math.isnan(images[i]["rmse"])]
+    worst = sorted(counted, key=lambda i: -images[i]["rmse"])[:6]
+    sheet = Path(args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png"))
+    worst_sheet = sheet.with_stem(sheet.stem + "-worst")
+    for file in filter(None, (args.json, args.csv, sheet)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     sample_sheet(lambda image: predict(view(image)), dataset, sheet, protocol["max_depth"])
-    print(f"pictures: {sheet}")
+    sample_sheet(lambda image: predict(view(image)), dataset, worst_sheet, protocol["max_depth"],
+                 notes={i: f"{'/'.join(Path(images[i]['file']).parts[-2:])[-34:]}\nRMSE {images[i]['rmse']:.3f} m" for i in worst})
+    print(f"\npictures: {sheet}, the worst: {worst_sheet}")
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(vars(args), **result), indent=1) + "\n")
+        found = dict(vars(args), **result, size=at, geometry=geometry, flip=flip, ranges=detail["ranges"], per_image=images)
+        found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, images[0])
+            writer.writeheader()
+            writer.writerows(images)
     if args.expect_rmse is not None and not result["rmse"] <= args.expect_rmse:
         print(f"RMSE {result['rmse']:.4f} is above the expected {args.expect_rmse}")
         raise SystemExit(1)

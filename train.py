@@ -24,12 +24,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import distributed
 
-from data import GEOMETRIES, Parser, batches, check_device, have_rooms, open_dataset, progress, run_script, valid_mask, write_rooms
+from data import (GEOMETRIES, Parser, above_0, batches, check_device, have_rooms, multiple_of_32, open_dataset, progress, run_script,
+                  valid_mask, write_rooms)
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
 from model import MODELS, build_model, count, load_encoder, load_model
 
 ROOMS = Path("data/rooms")  # rendered on first use
+PRESETS = {
+    "paper": dict(lr=0.01, schedule="step", augment="paper"),  # FastDepth's
+    "best": dict(optimizer="adam", schedule="cosine", augment="paper", ema=0.999),  # of those in docs/results.md
+}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -39,34 +44,35 @@ ROOMS = Path("data/rooms")  # rendered on first use
 def make_parser():
     """Every flag, in groups; the defaults are the README's recipe."""
     p = Parser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, help="a recipe: defaults for the flags that are not given")
     # data
     p.add_argument("--data", default=str(ROOMS), help="data set; the default is rendered on first use")
-    p.add_argument("--rooms", type=int, default=768, help="how many training rooms are rendered for data/rooms")
-    p.add_argument("--depth-scale", type=float, default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
-    p.add_argument("--max-depth", type=float, default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
+    p.add_argument("--rooms", type=above_0(int), default=768, help="how many training rooms are rendered for data/rooms")
+    p.add_argument("--depth-scale", type=above_0(float), default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
+    p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
     p.add_argument("--augment", default="flip", choices=("none", "flip", "paper"), help="paper: also zoom, rotation, colour")
-    p.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split: a smoke run")
+    p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
     p.add_argument("--workers", type=int, default=0, help="processes that read data, for each that trains")
     # network
     p.add_argument("--model", default="fastdepth", choices=list(MODELS))
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
+    p.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
     p.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the network's)")
     p.add_argument("--init", metavar="FILE", help="start from a checkpoint, or from a file that FastDepth's authors published")
     p.add_argument("--pretrained", action="store_true", help="start the encoder from torchvision's ImageNet weights, downloaded")
     p.add_argument("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
     p.add_argument("--loss", default="l1", choices=list(LOSSES))
-    p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--batch-size", type=int, default=8, help="pictures of a step, of all processes together")
+    p.add_argument("--epochs", type=above_0(int), default=10)
+    p.add_argument("--batch-size", type=above_0(int), default=8, help="pictures of a step, of all processes together")
     p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
-    p.add_argument("--lr", type=float, help="learning rate (default: the network's, a fiftieth of it for adam)")
+    p.add_argument("--lr", type=above_0(float), help="learning rate (default: the network's, a fiftieth of it for adam)")
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
                    help="plateau: x 0.3 after 2 epochs without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
     p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
-    p.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient")
+    p.add_argument("--clip", type=above_0(float), metavar="NORM", help="largest norm of the gradient")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="validate and save the moving average of the weights, over about 1 / (1 - DECAY) steps; 0: no average")
     # machine
@@ -94,6 +100,9 @@ def parse(argv):
     """-> flags, and the checkpoint to go on from or None."""
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)
     if args.resume:
         args.resume = folder = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
         file = Path(folder) / "last.pt"
@@ -104,9 +113,6 @@ def parse(argv):
         for name in ("model", "options", "optimizer"):
             if getattr(args, name) != saved["args"][name]:
                 raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
-    for name in ("epochs", "batch_size", "rooms", "limit", "lr", "clip", "max_depth", "depth_scale"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if args.warmup < 0:
         parser.error(f"--warmup must not be below 0, got {args.warmup}")
     if not 0 <= args.ema < 1:
@@ -115,8 +121,6 @@ def parse(argv):
         parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
     spec = MODELS[args.model]
     args.size, args.geometry = tuple(args.size or spec["size"]), args.geometry or spec["geometry"]
-    if any(n % 32 or n <= 0 for n in args.size):
-        parser.error(f"--size must be multiples of 32, got {args.size[0]} {args.size[1]}")
     args.lr = args.lr or spec["lr"] * dict(sgd=1, adam=0.02)[args.optimizer]
     check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
     if args.amp is None:

@@ -1,4 +1,5 @@
 """Metrics against plain numpy, protocols down to the pixel, and predictions for pictures of every kind."""
+import csv
 import json
 import math
 import subprocess
@@ -144,6 +145,35 @@ def test_the_mean_is_over_images_unless_pooled_for_any_batch_size(batch_size, po
     assert (result["images"], result["skipped"]) == (4, 1)
 
 
+def test_the_table_by_depth_pools_the_pixels_of_each_range_and_an_edge_belongs_to_the_nearer():
+    generator = torch.Generator().manual_seed(1)
+    depths = 4.5 * torch.rand(3, 1, 8, 12, generator=generator) + 0.4
+    depths[0, 0, 0, :5], depths[1, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 12.0, 0.0]), 7.0
+    data = list(zip(torch.rand(3, 3, 8, 12, generator=generator), depths, range(3)))
+    found = [evaluate(grey_metres, torch.utils.data.DataLoader(data, b), 10.0)[1]["ranges"] for b in (1, 3)]
+    pred, truth = torch.cat([grey_metres(image[None]).ravel() for image, _, _ in data]).double().numpy(), depths.ravel().double().numpy()
+    limits = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 10)]  # 12 m is beyond max_depth, and 10 to 20 m does not occur
+    for ranges in found:
+        assert [(r["from"], r["to"]) for r in ranges] == limits
+        for r, (near, far) in zip(ranges, limits):
+            inside = (truth > near) & (truth <= far)
+            expected = reference(pred[inside], truth[inside])
+            assert {k: r[k] for k in ("rmse", "absrel", "d1")} == pytest.approx({k: expected[k] for k in ("rmse", "absrel", "d1")}, rel=1e-5)
+            assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= 10)).sum())
+
+
+@pytest.mark.parametrize("answer", [0.0, -2.0])
+def test_metrics_and_pictures_survive_a_network_that_answers_0_or_less(answer, tmp_path):
+    def nothing(image):
+        return torch.full((len(image), 1, 8, 12), answer)
+
+    result, detail = evaluate(nothing, torch.utils.data.DataLoader(samples(), 2), 4.0)
+    assert all(math.isfinite(result[name]) for name in METRICS) and (result["d1"], result["d3"]) == (0, 0)
+    assert all(math.isfinite(r[name]) for r in detail["ranges"] for name in r)
+    sample_sheet(nothing, samples(), tmp_path / "sheet.png", 4.0)
+    assert Image.open(tmp_path / "sheet.png").width > 4 * 12
+
+
 def test_a_data_set_without_a_valid_pixel_is_an_error():
     with pytest.raises(ValueError, match="valid"):
         evaluate(grey_metres, torch.utils.data.DataLoader(samples()), 0.5)
@@ -270,6 +300,9 @@ def test_every_file_of_a_prediction_has_the_size_of_the_picture(height, width, n
     assert depth.shape == millimetres.shape == (height, width) and depth.dtype == np.float32 and millimetres.dtype == np.uint16
     assert abs(millimetres / 1000 - depth).max() <= 0.0005 + 1e-6
     assert colour.shape[0] >= height and colour.shape[1] > width
+    sheet = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))  # the picture, and beside it the colours of its depth
+    np.testing.assert_array_equal(sheet[:height, :width], np.array(Image.open(tmp_path / "photo.jpg")))
+    np.testing.assert_array_equal(sheet[:, -colour.shape[1]:], colour)
 
 
 def test_a_picture_gives_the_same_depth_however_it_is_stored(network, tmp_path):
@@ -288,12 +321,41 @@ def test_a_picture_gives_the_same_depth_however_it_is_stored(network, tmp_path):
     white.save(folder / "white.png")
     grey.save(folder / "grey.png")
     grey.convert("RGB").save(folder / "grey_rgb.png")
+    grey.convert("LA").save(folder / "grey_alpha.png")
     Image.fromarray(np.array(grey).astype(np.uint16) * 257).save(folder / "grey_16bit.png")
+    palette = colour.quantize(50)
+    palette.save(folder / "palette.png")
+    palette.convert("RGB").save(folder / "palette_rgb.png")
     (folder / "notes.txt").write_text("no picture")
     depth = predicted(network, tmp_path / "depth", "--images", folder)
-    assert len(depth) == 8
+    assert len(depth) == 11
     for name, found in depth.items():
         np.testing.assert_array_equal(found, depth[name.split("_")[0]], err_msg=name)
+
+
+def test_the_published_crop_of_a_picture_gives_depth_of_that_crop_alone(network, tmp_path, capsys):
+    picture = Image.fromarray(blobs(8, 480, 640))
+    picture.save(tmp_path / "photo.png")
+    seen = picture.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((64, 64), NEAREST)
+    with torch.no_grad():
+        expected = network[1](torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None] / 255)[0, 0].numpy()
+    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", "--geometry", "fastdepth", "--ply", "--focal", 500)["photo"]
+    assert "crop" in capsys.readouterr().out
+    height, width = found.shape  # 228 of 250 rows of 480, 304 of 333 columns of 640
+    assert abs(height - 438) <= 2 and abs(width - 584) <= 2
+    np.testing.assert_allclose(found, cv2.resize(expected, (width, height), interpolation=cv2.INTER_LINEAR), atol=1e-3)
+    shown = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))[:height, :width]
+    top, left = (480 - height) // 2, (640 - width) // 2  # to a pixel or two
+    assert any((shown == np.array(picture)[y:y + height, x:x + width]).all() for y in range(top - 2, top + 3) for x in range(left - 2, left + 3))
+
+
+def test_a_very_large_picture_is_written_at_a_fraction_with_the_same_points(network, tmp_path, monkeypatch, capsys):
+    Image.fromarray(blobs(8, 60, 90).repeat(3, 0).repeat(3, 1)).save(tmp_path / "large.png")  # 180x270
+    monkeypatch.setattr(eval, "LONGEST", 100)
+    depth = predicted(network, tmp_path / "depth", "--images", tmp_path / "large.png", "--ply", "--focal", 150)["large"]
+    assert depth.shape == (60, 90) and "written at 90x60" in capsys.readouterr().out
+    points, _ = read_ply(tmp_path / "depth" / "large.ply")
+    np.testing.assert_allclose(points[:, 0] / points[:, 2] * 50 + 45, np.nonzero(depth > 0)[1] + 0.5, rtol=1e-4)  # a third of 150 pixels
 
 
 def test_images_are_files_folders_and_globs(network, tmp_path):
@@ -395,6 +457,26 @@ def test_the_command_exits_with_1_when_the_rmse_is_not_what_was_expected(network
     eval.main(command[2:] + ["--expect-rmse", str(found["rmse"] + 1e-6)])  # returns
 
 
+def test_csv_and_json_hold_every_image_and_the_worst_sheet_the_worst_first(network, tmp_path, monkeypatch):
+    drawn, usual = [], eval.sample_sheet
+    monkeypatch.setattr(eval, "sample_sheet", lambda *a, notes=None, **k: (drawn.append(notes), usual(*a, notes=notes, **k)))
+    for k in range(4):
+        write_frame(tmp_path / "data", k, blobs(k, 60, 80), np.full((60, 80), [2, 9, 5, 40][k]))  # 40 m: beyond max_depth, skipped
+    folder = tmp_path / "new" / "folder"
+    eval.main([network[0], "--data", str(tmp_path / "data"), "--device", "cpu", "--json", str(folder / "r.json"), "--csv", str(folder / "r.csv"),
+               "--sheet", str(folder / "s.png")])
+    rows = list(csv.DictReader((folder / "r.csv").open()))
+    assert [Path(row["file"]).name for row in rows] == ["0.h5", "1.h5", "2.h5", "3.h5"] and tuple(rows[0])[1:] == METRICS
+    found = json.loads((folder / "r.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    agree(found, mean_of({name: float(row[name]) for name in METRICS} for row in rows[:3]))
+    assert found["per_image"][3]["rmse"] is None and (found["images"], found["skipped"]) == (3, 1)
+    assert [r["share"] for r in found["ranges"]] == pytest.approx([1 / 3] * 3)
+    errors = [float(row["rmse"]) for row in rows[:3]]
+    assert list(drawn[1]) == sorted(range(3), key=lambda i: -errors[i])
+    assert all(f"{i}.h5" in note and f"{errors[i]:.3f}" in note for i, note in drawn[1].items())
+    assert Image.open(folder / "s-worst.png").height < Image.open(folder / "s.png").height
+
+
 @pytest.mark.parametrize("flags, named", [
     ("MODEL", "--data"),
     ("MODEL --data FRAMES --images PHOTO", "--data"),
@@ -411,7 +493,7 @@ def test_the_command_exits_with_1_when_the_rmse_is_not_what_was_expected(network
     ("MODEL --data SMALL --protocol eigen", "240x320"),
     ("MODEL --data SMALL --protocol densedepth", "240x320"),
     ("MODEL --data FRAMES --size 100 100", "100"),
-    ("MODEL --data FRAMES --size 0 64", "0x64"),
+    ("MODEL --data FRAMES --size 0 64", "--size: must be a multiple of 32, got 0"),
     ("MODEL --data FRAMES --batch-size 0", "batch"),
     ("MODEL --data FRAMES --device tpu9", "--device tpu9"),  # and not: the file is broken
     ("MODEL --images NOWHERE.jpg", "NOWHERE.jpg"),

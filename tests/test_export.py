@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cv2
+import h5py
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+import eval
 import export
 from eval import load_predictor
-from model import build_model, load_model
+from model import build_model, count, load_model
 
 SIZE = 64, 96  # not square: exchanged height and width would show
 logging.getLogger("torch.__trace").propagate = False  # or pytest collects thousands of lines of torch.export
@@ -140,8 +142,25 @@ def test_the_predictor_of_the_file_is_the_predictor_of_the_checkpoint(checkpoint
     (ours, facts), (theirs, known), image = load_predictor(exported), load_predictor(checkpoint), pictures(2)
     with torch.no_grad():
         torch.testing.assert_close(ours(image), theirs(image), atol=1e-4, rtol=0)
-    assert all(facts[key] == (list(value) if isinstance(value, tuple) else value) for key, value in known.items() if key != "fixed")
+    assert all(facts[key] == (list(value) if isinstance(value, tuple) else value) for key, value in known.items()
+               if key not in ("fixed", "runs_on"))
     assert facts["fixed"] and not known["fixed"]
+
+
+def test_both_files_are_evaluated_to_the_same_numbers_at_any_batch_size(checkpoint, exported, tmp_path):
+    generator = np.random.default_rng(0)
+    for k in range(5):
+        (tmp_path / "val" / "scene").mkdir(parents=True, exist_ok=True)
+        with h5py.File(tmp_path / "val" / "scene" / f"{k}.h5", "w") as h5:
+            h5["rgb"], h5["depth"] = generator.integers(0, 256, (3, 48, 64), np.uint8), generator.uniform(0.5, 9, (48, 64)).astype(np.float32)
+    found = []
+    for file, batch in (checkpoint, 1), (checkpoint, 4), (exported, 1), (exported, 5):
+        eval.main([str(file), "--data", str(tmp_path), "--device", "cpu", "--batch-size", str(batch), "--sheet", str(tmp_path / "sheet.png"),
+                   "--json", str(tmp_path / "result.json")])
+        result = json.loads((tmp_path / "result.json").read_text())
+        found.append(np.array([[image[name] for name in eval.METRICS] for image in result["per_image"]]))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-3, atol=1e-4)  # one pixel more or less within 25 % is 2e-4 of d1
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -177,8 +196,8 @@ def test_the_comparison_is_on_real_pictures(checkpoint, exported, tmp_path, monk
     photo, seen = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8), []
     Image.fromarray(photo).save(tmp_path / "photo.png")
 
-    def spying(file):
-        predict, facts = load_predictor(file)
+    def spying(file, **options):
+        predict, facts = load_predictor(file, **options)
         return lambda image: predict(seen.append(image) or image), facts
 
     monkeypatch.setattr(export, "load_predictor", spying)
@@ -189,23 +208,96 @@ def test_the_comparison_is_on_real_pictures(checkpoint, exported, tmp_path, monk
     np.testing.assert_array_equal((mine[0] * 255).round().byte().permute(1, 2, 0), photo)
 
 
-def test_latencies_are_printed_in_milliseconds(checkpoint, exported, tmp_path, monkeypatch, capsys):
+def test_lanes_take_turns_and_their_times_are_milliseconds(monkeypatch):
+    clock, calls = [0.0], []
+
+    def run(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    found = export.timed({"slow": lambda: run("slow", 0.2), "fast": lambda: run("fast", 0.02 if len(calls) % 10 else 0.05)})
+    assert found["slow"] == pytest.approx((200, 200)) and found["fast"][0] == pytest.approx(20) and found["fast"][1] > 20
+    assert [name for name, _ in itertools.groupby(calls)][:4] == ["slow", "fast", "slow", "fast"]
+
+
+def test_the_table_of_speeds_has_every_lane_and_says_what_is_missing(checkpoint, exported, tmp_path, monkeypatch, capsys):
+    def no_compiler(model):
+        raise RuntimeError("no g++ here\nsecond line")
+
     convert_at_once(monkeypatch, exported)
-    monkeypatch.setattr("time.perf_counter", itertools.count(0, 0.2).__next__)  # a clock on which everything takes 200 ms
-    export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), "--bench"])
+    monkeypatch.setattr(torch, "compile", lambda model: lambda image: no_compiler(model))
+    monkeypatch.setattr(export, "timed", lambda lanes: {name: (run() is None, (20.0, 40.0))[1] for name, run in lanes.items()})
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), "--bench", "--threads", "1"])
     table = capsys.readouterr().out
-    for lane in "PyTorch", "ONNX Runtime":
-        assert re.search(rf"^{lane} .* 200\.00 ms median .* 200\.00 ms p90 .* 5\.0 images/s", table, re.MULTILINE)
+    macs = count(load_model(checkpoint)[0], *SIZE)["macs"]
+    for lane in "PyTorch", "folded, channels last", "the same in bfloat16", "ONNX Runtime":
+        row = re.search(rf"^{lane} +20\.00 +40\.00 +50\.0 +([\d.]+) +(\d+)%$", table, re.MULTILINE)
+        assert float(row[1]) == pytest.approx(macs / 0.02 / 1e9, abs=0.051)
+        assert float(row[2]) == pytest.approx(100 * macs / 2048**3, abs=0.51)  # the matrix multiply took 20 ms too
+    assert "no g++ here" in table and "second line" not in table and "pip install opencv-python-headless" in table
+    assert "1 threads" in table
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_to_install(checkpoint, exported, tmp_path, monkeypatch, package):
-    if package == "onnxruntime":
-        convert_at_once(monkeypatch, exported)
+# ------------------------------------------------------------------------------------------------------------------
+# int8
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastdepth-pruned", "fastdepth-v2"])
+def test_padded_channels_and_copied_pixels_change_no_number(name, tmp_path):
+    model, image = eval.fold_batch_norm(load_model(save_checkpoint(tmp_path / "best.pt", name))[0]), pictures(2)
+    padded = export.pad_channels(model)
+    for conv in padded.modules():
+        if isinstance(conv, nn.Conv2d):
+            assert all(n in (1, 3) or n % 16 == 0 for n in conv.weight.shape[:2])
+    torch.testing.assert_close(padded(image), model(image), atol=1e-5, rtol=1e-5)
+    assert any(a.shape != b.shape for a, b in zip(model.parameters(), padded.parameters()))
+    few = torch.rand(2, 3, 4, 5)
+    assert torch.equal(export.x2_by_copies(few), few.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "timed", lambda lanes: {name: (run() is None, (20.0, 40.0))[1] for name, run in lanes.items()})
+    out, data = tmp_path / "new" / "best.onnx", tmp_path / "data"
+    generator = np.random.default_rng(0)
+    for part, k in itertools.product(("train", "val"), range(4)):
+        (data / part / "scene").mkdir(parents=True, exist_ok=True)
+        with h5py.File(data / part / "scene" / f"{k}.h5", "w") as h5:
+            h5["rgb"], h5["depth"] = generator.integers(0, 256, (3, 48, 64), np.uint8), generator.uniform(2, 5, (48, 64)).astype(np.float32)
+    export.main([str(checkpoint), "--out", str(out), "--int8", "--data", str(data)])
+    said, small = capsys.readouterr().out, out.with_name("best-int8.onnx")
+    assert sorted(p.name for p in out.parent.iterdir()) == ["best-int8.onnx", "best.onnx"]
+    assert small.stat().st_size < 0.4 * out.stat().st_size
+    predict, facts = load_predictor(small)
+    assert facts["model"] == "fastdepth-pruned" and facts["size"] == list(SIZE) and facts["fixed"]
+    with h5py.File(data / "val" / "scene" / "0.h5") as h5:
+        image = torch.from_numpy(h5["rgb"][:])[None].float() / 255
+    image = nn.functional.interpolate(image, SIZE)
+    expected = pytorch(checkpoint, image)
+    assert abs(predict(image).numpy() - expected).mean() < 0.3 * expected.std()
+    network = onnx.load(small)
+    produced = {output: node.op_type for node in network.graph.node for output in node.output}
+    convolutions = [node for node in network.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 38 and all(produced[name] == "DequantizeLinear" for node in convolutions for name in node.input[:2])
+    scales = {t.name: onnx.numpy_helper.to_array(t) for t in network.graph.initializer}
+    weights = {node.output[0]: node for node in network.graph.node if node.op_type == "DequantizeLinear"}
+    assert scales[weights[convolutions[3].input[1]].input[1]].size > 1  # a scale a filter
+    rows = re.findall(r"^(ONNX Runtime(?: int8)?) +[\d.]+ ms  rmse ([\d.]+)  d1 ([\d.]+)", said, re.MULTILINE)
+    assert [row[0] for row in rows] == ["ONNX Runtime", "ONNX Runtime int8"]
+    eval.main([str(small), "--data", str(data), "--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["rmse"] == pytest.approx(float(rows[1][1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_what_to_install_before_anything_is_done(checkpoint, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(export, "export_onnx", lambda *_: pytest.fail("worked in vain"))
     with pytest.raises(ValueError, match=rf"\b{package}\b.*pip install") as error:
-        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
-    assert "\n" not in str(error.value)
+        export.main([str(checkpoint), "--out", str(tmp_path / "new" / "best.onnx")])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flaw", ["missing", "cut off"])
@@ -222,10 +314,13 @@ def test_a_wrong_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint, t
 
 def test_wrong_flags_are_refused_before_anything_is_written(checkpoint, tmp_path):
     out = ["--out", str(tmp_path / "best.onnx")]
-    with pytest.raises(ValueError, match="60 96"):
+    with pytest.raises(ValueError, match="--size: must be a multiple of 32, got 60"):
         export.main([str(checkpoint), *out, "--size", "60", "96"])
     with pytest.raises(ValueError, match="nowhere"):
         export.main([str(checkpoint), *out, "--images", str(tmp_path / "nowhere")])
+    for flags, named in ((["--int8"], "--data"), (["--int8", "--dynamic", "--data", "x"], "--dynamic"), (["--threads", "0"], "--threads")):
+        with pytest.raises(ValueError, match=named):
+            export.main([str(checkpoint), *out, *flags])
     assert not list(tmp_path.iterdir())
 
 

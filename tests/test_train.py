@@ -265,6 +265,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_a_preset_sets_the_flags_that_are_not_given(preset):
+    plain, _ = train.parse([])
+    args, _ = train.parse(["--preset", preset, "--momentum", "0.5"])
+    recipe = dict(train.PRESETS[preset], preset=preset, momentum=0.5)
+    assert all(getattr(args, name) == value for name, value in recipe.items())
+    assert {name for name in vars(args) if getattr(args, name) != getattr(plain, name)} - {"lr"} == set(recipe) - {"lr"}
+    name = next(iter(train.PRESETS[preset]))
+    assert getattr(train.parse(["--preset", preset, f"--{name}", str(getattr(plain, name))])[0], name) == getattr(plain, name)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The learning rate and the gradient
 # ------------------------------------------------------------------------------------------------------------------
