@@ -70,7 +70,7 @@ def make_parser():
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
-                   help="plateau: x 0.3 after 2 epochs without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
+                   help="plateau: x 0.3 after an epoch without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
     p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
     p.add_argument("--clip", type=above_0(float), metavar="NORM", help="largest norm of the gradient")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
@@ -282,7 +282,7 @@ def main(argv=None):
     make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
     optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, threshold=0.01)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.01)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
     kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
 
