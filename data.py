@@ -515,8 +515,9 @@ ON_WALLS = (
     ("cupboard",  (0.8, 2.0), (1.60, 2.20), (0.40, 0.60), [(-.5, 0, 0, .5, 1, 1)]),
     ("sideboard", (0.8, 1.8), (0.70, 1.00), (0.40, 0.50), [(-.5, .1, 0, .5, 1, 1), (-.45, 0, 0, .45, .1, .9)]),
     ("counter",   (1.4, 2.8), (2.10, 2.30), (0.58, 0.62), [(-.5, .04, 0, .5, .41, 1), (-.5, .41, 0, .5, .43, 1.05), (-.5, .66, 0, .5, 1, .55)]),
-    ("shelf",     (0.6, 1.4), (1.20, 2.10), (0.25, 0.35), [(-.5, .3, 0, .5, .33, 1), (-.5, 0, 0, .5, 1, .05), (-.5, 0, 0, -.47, 1, 1), (.47, 0, 0, .5, 1, 1),
-                                                            (-.5, .03, 0, .5, .06, 1), (-.5, .62, 0, .5, .65, 1), (-.5, .97, 0, .5, 1, 1)]),
+    ("shelf",     (0.6, 1.4), (1.20, 2.10), (0.25, 0.35), [(-.5, .3, 0, .5, .33, 1), (-.5, 0, 0, .5, 1, .05), (-.5, 0, 0, -.47, 1, 1),
+                                                            (.47, 0, 0, .5, 1, 1), (-.5, .03, 0, .5, .06, 1), (-.5, .62, 0, .5, .65, 1),
+                                                            (-.5, .97, 0, .5, 1, 1)]),
     ("bed",       (0.9, 1.8), (0.90, 1.10), (1.95, 2.10), [(-.5, .1, 0, .5, .5, 1), (-.5, 0, 0, .5, 1, .03), (-.4, .5, .03, .4, .62, .2)]),
     ("sofa",      (1.5, 2.2), (0.75, 0.95), (0.80, 0.95), [(-.5, .1, 0, .5, .5, 1), (-.5, .5, 0, .5, 1, .25),
                                                             (-.5, .1, 0, -.4, .7, 1), (.4, .1, 0, .5, .7, 1), (-.35, .5, .25, .0, .85, .4)]),
@@ -533,7 +534,8 @@ STANDING = (
                                                             (-.48, 0, .9, -.42, .95, .96), (.42, 0, .9, .48, .95, .96)]),
     ("chair",     (.42, 0.5), (0.85, 0.95), (0.42, 0.50), [(-.5, .47, 0, .5, .52, 1), (-.5, .52, 0, .5, 1, .08), (-.5, 0, 0, -.4, .47, .1),
                                                             (.4, 0, 0, .5, .47, .1), (-.5, 0, .9, -.4, .47, 1), (.4, 0, .9, .5, .47, 1)]),
-    ("armchair",  (0.7, 0.9), (0.75, 1.00), (0.75, 0.90), [(-.35, .05, 0, .35, .45, 1), (-.5, .05, 0, .5, 1, .25), (-.5, .05, 0, -.35, .65, 1), (.35, .05, 0, .5, .65, 1)]),
+    ("armchair",  (0.7, 0.9), (0.75, 1.00), (0.75, 0.90), [(-.35, .05, 0, .35, .45, 1), (-.5, .05, 0, .5, 1, .25),
+                                                            (-.5, .05, 0, -.35, .65, 1), (.35, .05, 0, .5, .65, 1)]),
     ("low table", (0.6, 1.2), (0.38, 0.46), (0.50, 0.80), [(-.5, .88, 0, .5, 1, 1), (-.4, 0, .1, -.3, .88, .9), (.3, 0, .1, .4, .88, .9)]),
     ("crate",     (0.3, 0.6), (0.25, 0.50), (0.30, 0.50), [(-.5, 0, 0, .5, 1, 1)]),
     ("lamp",      (0.3, 0.4), (1.40, 1.70), (0.30, 0.40), [(-.4, 0, .1, .4, .02, .9), (-.04, .02, .46, .04, .8, .54), (-.5, .8, 0, .5, 1, 1)]),
@@ -756,6 +758,11 @@ def kinect_holes(depth, index):
     return torch.where(shadow | patch, 0, depth)
 
 
+def rooms_facts(n, seed):
+    """What rooms.json says of a folder of rooms."""
+    return dict(version=ROOMS_VERSION, seed=seed, train=n, val=n // 8)
+
+
 def write_rooms(out, n, seed=0, device="cpu"):
     """Render n training and n // 8 validation rooms into {train,val}/rooms/*.h5 below `out`, which appears when complete.
 
@@ -764,12 +771,13 @@ def write_rooms(out, n, seed=0, device="cpu"):
     out = Path(out)
     if out.exists() and not (out / "rooms.json").is_file():
         raise ValueError(f"{out}: exists and holds no rooms: choose another --out")
-    counts, start, done = {"train": n, "val": n // 8}, time.time(), 0
+    facts, start, done = rooms_facts(n, seed), time.time(), 0
     batch = 1 if device == "cpu" else 64  # one frame stays in a processor's cache
     partial = out.with_name(out.name + f".partial-{os.getpid()}")
     try:
-        for part, count in counts.items():
+        for part in ("train", "val"):
             (partial / part / "rooms").mkdir(parents=True)
+            count = facts[part]
             for i in range(0, count, batch):
                 # Validation rooms are numbers -1, -2, ...: more training rooms never become validation rooms.
                 numbers = [j if part == "train" else -1 - j for j in range(i, min(i + batch, count))]
@@ -781,9 +789,8 @@ def write_rooms(out, n, seed=0, device="cpu"):
                         # 1/1024 m is exact in float32 with few bits set, so it compresses
                         h5.create_dataset("depth", data=((depth * 1024).round() / 1024).numpy(), chunks=tuple(depth.shape), **packed)
                 done += len(numbers)
-                progress("rendering rooms", done, sum(counts.values()), start)
+                progress("rendering rooms", done, n + n // 8, start)
         print(f"rendered {done} rooms into {out} in {time.time() - start:.0f} s")
-        facts = dict(version=ROOMS_VERSION, seed=seed, **counts)
         (partial / "rooms.json").write_text(json.dumps(facts) + "\n")
         shutil.rmtree(out, ignore_errors=True)  # rooms of another version, number or seed
         partial.rename(out)
@@ -794,7 +801,7 @@ def write_rooms(out, n, seed=0, device="cpu"):
 def have_rooms(out, n, seed=0):
     """Whether `out` holds these very rooms, rendered by this version."""
     try:
-        return json.loads((Path(out) / "rooms.json").read_text()) == dict(version=ROOMS_VERSION, seed=seed, train=n, val=n // 8)
+        return json.loads((Path(out) / "rooms.json").read_text()) == rooms_facts(n, seed)
     except (OSError, ValueError):
         return False
 

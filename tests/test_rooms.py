@@ -1,5 +1,6 @@
 """Rooms: what the renderer's pictures and depth must agree on, and rooms on disk."""
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import have_rooms, open_dataset, render, write_rooms
+from data import furnish, have_rooms, open_dataset, render, write_rooms
 from test_data import as_array, complains, run
 
 
@@ -17,6 +18,7 @@ from test_data import as_array, complains, run
 
 FOCAL = 0.81  # of the width, NYU's
 DIAGONAL = np.sqrt(8**2 + 8**2 + 3**2)  # of the largest room
+CLEARANCE = 0.25  # metres around the camera without things
 
 
 def faces(depth):
@@ -105,6 +107,31 @@ def test_a_room_depends_on_seed_and_number_alone(rendered):
 def test_a_room_is_the_same_at_any_size(rendered):
     large = render(range(4), seed=5, size=(288, 384))[1][:, 1::3, 1::3]  # the rays through the middles of 3x3 pixels
     assert torch.isclose(large, rendered[1][:4], rtol=1e-4).float().mean() > 0.999
+
+
+def test_depth_is_that_of_the_nearest_box_found_by_walking_along_each_ray():
+    """The textbook's slabs, box by box in float64, with the camera turned by matrices."""
+    size, numbers = (24, 32), range(8)
+    depths = [render([i], seed=9, size=size)[1][0].double().numpy() for i in numbers]  # alone: a batch looks in larger rectangles
+    rooms = furnish([zlib.crc32(f"room 9 {i}".encode()) for i in numbers])
+    for depth, s in zip(depths, ({k: v[i].double().numpy() for k, v in rooms.items() if k != "things"} for i in numbers)):
+        y, x = (np.mgrid[:24, :32] + 0.5 - np.reshape([12, 16], (2, 1, 1))) / (FOCAL * 32)
+        x, y = np.cos(s["roll"]) * x + np.sin(s["roll"]) * y, np.cos(s["roll"]) * y - np.sin(s["roll"]) * x  # y down
+        up, ahead = np.sin(s["pitch"]) - y * np.cos(s["pitch"]), np.cos(s["pitch"]) + y * np.sin(s["pitch"])
+        east, north = (s["target"] - s["eye"][::2]) / np.linalg.norm(s["target"] - s["eye"][::2])
+        ray = np.stack([x * north + ahead * east, up, ahead * north - x * east], -1)
+        assert np.allclose((ray**2).sum(-1), 1 + x**2 + y**2)
+        nearest = np.full(size, np.inf)
+        for k, (box, (px, pz, turn)) in enumerate(zip(s["boxes"], s["poses"])):
+            matrix = np.array([[np.cos(turn), 0, -np.sin(turn)], [0, 1, 0], [np.sin(turn), 0, np.cos(turn)]])
+            eye, towards = matrix @ (s["eye"] - [px, 0, pz]), ray @ matrix.T
+            slabs = np.sort((box.reshape(2, 3)[:, None, None] - eye) / towards, axis=0)
+            enter, leave = slabs[0].max(-1), slabs[1].min(-1)
+            if k == 0:
+                nearest = leave
+            elif not ((box[:3] - CLEARANCE < eye) & (eye < box[3:] + CLEARANCE)).all():  # (NaN is no box)
+                nearest = np.where((0 < enter) & (enter < leave) & (enter < nearest), enter, nearest)
+        assert np.isclose(depth, nearest, rtol=1e-4).mean() > 0.995  # a ray along an edge may take either side
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
