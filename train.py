@@ -10,7 +10,6 @@ pictures. Learning rate, plateau schedule and augmentation were chosen by measur
 last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
 """
 import argparse
-import copy
 import itertools
 import math
 import os
@@ -33,7 +32,7 @@ from model import MODELS, build_model, count, load_encoder, load_model
 ROOMS = Path("data/rooms")  # rendered on first use
 PRESETS = {
     "paper": dict(lr=0.01, schedule="step", augment="paper"),  # FastDepth's
-    "best": dict(optimizer="adam", schedule="cosine", augment="paper", ema=0.999),  # of those in docs/results.md
+    "best": dict(optimizer="adam", schedule="cosine", augment="paper"),  # of those in docs/results.md
 }
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -73,8 +72,6 @@ def make_parser():
                    help="plateau: x 0.3 after an epoch without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
     p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
     p.add_argument("--clip", type=above_0(float), metavar="NORM", help="largest norm of the gradient")
-    p.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
-                   help="validate and save the moving average of the weights, over about 1 / (1 - DECAY) steps; 0: no average")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: bf16 where the processor computes it)")
@@ -115,8 +112,6 @@ def parse(argv):
                 raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
     if args.warmup < 0:
         parser.error(f"--warmup must not be below 0, got {args.warmup}")
-    if not 0 <= args.ema < 1:
-        parser.error(f"--ema must be at least 0 and below 1, got {args.ema}")
     if wrong := [option for option in args.options if "=" not in option]:
         parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
     spec = MODELS[args.model]
@@ -277,7 +272,6 @@ def main(argv=None):
         print(f"encoder     from {args.encoder_weights or model.encoder.url}; not used: {', '.join(unused) or 'nothing'}")
     size = count(model, *args.size)
     model = model.to(args.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model) if args.ema else model  # what is validated and saved as "weights"
     criterion = make_loss(args.loss, args.max_depth)
     make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
     optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -289,8 +283,7 @@ def main(argv=None):
     # The state of the loop, fresh or resumed
     history, best, rate = [], None, args.lr
     if saved:
-        average.load_state_dict(saved["weights"])
-        model.load_state_dict(saved["trained"])
+        model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         plateau.load_state_dict(saved["plateau"])
         scaler.load_state_dict(saved["scaler"])
@@ -329,7 +322,7 @@ def main(argv=None):
         once = ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")  # flags of a start, not of a run
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
-            weights=average.state_dict(), trained=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
+            weights=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
             scaler=scaler.state_dict(), rate=rate, history=history, best=best,
             args={flag: value for flag, value in vars(args).items() if flag not in once}))
 
@@ -348,9 +341,8 @@ def main(argv=None):
             model.train()
             total, start = 0.0, time.time()
             for step, (image, depth, index) in enumerate(batches(loader)):
-                step_of_run = epoch * steps + step
                 for group in optimizer.param_groups:
-                    group["lr"] = scheduled_lr(args, rate, step_of_run, steps)
+                    group["lr"] = scheduled_lr(args, rate, epoch * steps + step, steps)
                 image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
                 depth = depth.to(args.device, non_blocking=True)
                 with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
@@ -373,15 +365,11 @@ def main(argv=None):
                     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
                 scaler.step(optimizer)
                 scaler.update()
-                if args.ema:  # of batch norm's statistics too; the first steps forget faster, or the average would be of the start
-                    decay = min(args.ema, (1 + step_of_run) / (10 + step_of_run))
-                    for mean, now in zip(average.state_dict().values(), model.state_dict().values()):
-                        mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
                 total += value
                 progress(f"epoch {epoch + 1}/{args.epochs}", (step + 1) * args.batch_size, steps * args.batch_size, start, f"  loss {value:.3f}")
 
-            average.eval()
-            results = [evaluate(lambda image: average(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)[0]
+            model.eval()
+            results = [evaluate(lambda image: model(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)[0]
                        if master else None]
             if ranks > 1:  # one number steps the schedulers of all: with numbers of their own their learning rates would drift apart
                 distributed.broadcast_object_list(results)

@@ -122,7 +122,7 @@ def test_best_is_the_epoch_of_the_lowest_rmse_and_last_the_last(rooms, finished,
     out = copy_of(finished[0], tmp_path / "run")
     result = train.main(["--resume", str(out), "--epochs", "3", "--schedule", "none", "--lr", "3"])  # spoils the weights
     log = read_log(out)
-    assert log[2]["rmse"] > 2 * min(log[0]["rmse"], log[1]["rmse"])
+    assert log[2]["rmse"] > 1.5 * min(log[0]["rmse"], log[1]["rmse"])
     val = data.open_dataset(rooms, "val", (64, 64))
     for file, row in (("best.pt", min(log, key=lambda row: row["rmse"])), ("last.pt", log[2])):
         network, _ = model.load_model(out / file)
@@ -312,29 +312,6 @@ def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
     assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
-def test_ema_validates_and_saves_the_moving_average_of_weights_and_statistics(flags, rooms, tmp_path, monkeypatch):
-    built, states = [], []
-    monkeypatch.setattr(train, "build_model", lambda *a, **k: built.append(network := model.build_model(*a, **k)) or network)
-    remember = register_optimizer_step_post_hook(lambda *_: states.append({k: v.double().numpy().copy() for k, v in built[0].state_dict().items()}))
-    try:
-        train.main([*flags, "--epochs", "2", "--ema", "0.15", "--lr", "0.5"])
-    finally:
-        remember.remove()
-    torch.manual_seed(0)
-    expected = {name: value.double().numpy() for name, value in model.build_model("fastdepth-pruned").state_dict().items()}
-    for step, state in enumerate(states):
-        decay = min(0.15, (1 + step) / (10 + step))  # 0.1 at the first step
-        expected = {name: value if "num_batches" in name else decay * expected[name] + (1 - decay) * value for name, value in state.items()}
-    saved = torch.load(tmp_path / "run" / "last.pt")
-    for name, value in expected.items():
-        np.testing.assert_allclose(saved["weights"][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(saved["trained"][name], states[-1][name], err_msg=name)
-    network, _ = model.load_model(tmp_path / "run" / "last.pt")
-    val = torch.utils.data.DataLoader(data.open_dataset(rooms, "val", (64, 64)))
-    assert evaluate(network, val, 10.0)[0]["rmse"] == pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-4)
-    assert evaluate(built[0].eval(), val, 10.0)[0]["rmse"] != pytest.approx(read_log(tmp_path / "run")[1]["rmse"], rel=1e-3)
-
-
 def test_compile_trains_the_same_network_and_saves_it_under_its_own_names(flags, finished, tmp_path, monkeypatch):
     compile, calls = torch.compile, []
 
@@ -368,8 +345,8 @@ def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(fla
 @pytest.mark.parametrize("stop_at, more", [
     (2, "--epochs 1 --optimizer adam --schedule none"),  # in the first epoch
     (8, "--epochs 5 --optimizer sgd --schedule plateau --warmup 4.5"),  # in the fourth, the rate has fallen and is warming up
-    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2 --augment paper --ema 0.9"),
-    (12, "--epochs 6 --optimizer sgd --schedule step --augment paper --ema 0.9"),  # in the sixth, where the rate has fallen
+    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2 --augment paper"),
+    (12, "--epochs 6 --optimizer sgd --schedule step --augment paper"),  # in the sixth, where the rate has fallen
 ])
 def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
@@ -600,7 +577,7 @@ Path(f"{rank}.json").write_text(json.dumps([rates, results]))
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.returncode == 0, process.stderr
     (rates, results), (rates_1, results_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert rates == rates_1 == 6 * [0.01] + 2 * [0.003]  # epochs 2 and 3 were no better
+    assert rates == rates_1 == pytest.approx(4 * [0.01] + 2 * [0.003] + 2 * [0.0009])  # no epoch was better than the first
     assert same(results, results_1) and results[2] == 1 and process.stderr.count("the loss is nan in epoch 5, step 1") == 2
     assert process.stdout.count("2 processes") == 3 and process.stdout.count("best epoch") == 2  # one speaks
     assert not list((tmp_path / "run").glob("*.partial"))
@@ -644,7 +621,6 @@ def refused(argv, monkeypatch, capfd):
     ("--batch-size 11", "11"),
     ("--clip -1", "--clip"),
     ("--warmup -1 --schedule none", "--warmup"),
-    ("--ema 1", "--ema"),
     ("--workers -1", "workers"),
     ("--size 100 100", "100"),
     ("--size 0 64", "--size"),
