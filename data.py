@@ -8,10 +8,11 @@ Depth is metres along the optical axis (z, not the length of the ray). What must
 here: files to metres (`to_metres`), the mask (`valid_mask`), the geometry (`sampling_grid`), the split (`open_dataset`).
 
     python data.py data/rooms                        # facts and a contact sheet
-    python data.py nyu --pack nyu.h5                 # once: the same pixels at memory speed
+    python data.py nyu --pack nyu.h5                 # once: read at memory speed (for densedepth and fpn with --size 480 640)
     python data.py --rooms 4000 --out data/many      # render rooms: depth that is known exactly, no download
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -48,6 +49,7 @@ def to_metres(raw, scale=1000.0, file=""):
     (SCALES).  uint8: 255 = 10 m.  ValueError names the file when nothing is measured or
     the values must be another unit.
     """
+    raw = raw.squeeze() if raw.ndim == 3 and 1 in raw.shape else raw
     if raw.ndim != 2:
         raise ValueError(f"{file}: depth must have one channel, this has the shape {raw.shape}: it is a picture of depth, not depth")
     if raw.dtype.kind == "f":
@@ -152,6 +154,8 @@ NYU_RUNS = """
 
 def find_mat(root):
     """nyu_depth_v2_labeled.mat, with the depth that its authors filled in; FILE.mat/rawDepths is depth as the Kinect measured it."""
+    if (root / "nyu_depth_v2_labeled.mat").is_file():
+        root = root / "nyu_depth_v2_labeled.mat"
     file, depths = (root, "depths") if root.suffix == ".mat" else (root.parent, root.name)
     if file.suffix != ".mat":
         return []
@@ -174,7 +178,7 @@ def read_mat(source, scale):
 def lines_of(file):
     """The lines of a text file."""
     try:
-        return file.read_text().splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Excel puts first
     except UnicodeDecodeError:
         raise ValueError(f"{file}: is not text: name a list of pictures and depths, or a folder") from None
 
@@ -184,18 +188,20 @@ def find_lists(root):
 
     Paths are relative to the list's folder or to the one above. The scene of a frame is the folder of its picture.
     """
-    names = [(part, root / f"{prefix}{part}{suffix}") for part in SPLITS for prefix in ("", "nyu2_") for suffix in (".txt", ".csv")]
+    names = [(part, root / folder / f"{prefix}{part}{suffix}") for folder in ("", "data")  # Kaggle's archive holds a folder data
+             for part in SPLITS for prefix in ("", "nyu2_") for suffix in (".txt", ".csv")]
     lists = [(None, root)] if root.suffix in (".txt", ".csv") else [(part, file) for part, file in names if file.is_file()]
     samples = []
     for part, file in lists:
         for number, line in enumerate(lines_of(file), 1):
             words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
             words = [word for word in words if word.lower().endswith(PICTURES + DEPTHS)]  # others are time stamps, focal lengths
-            if not words and (number == 1 or not line.strip() or line.startswith("#")):
-                continue
+            if not words and (number == 1 or not line.strip() or line.startswith("#")) or "None" in line.split():
+                continue  # a header, or a picture that KITTI has no depth of
             if len(words) != 2:
                 raise ValueError(f"{file}: line {number} does not name a picture and its depth: {line[:60]!r}")
-            paths = [next((p for p in (file.parent / word, file.parent.parent / word) if p.is_file()), None) for word in words]
+            paths = [next((p for p in (Path(word), file.parent / word.lstrip("/"), file.parent.parent / word.lstrip("/")) if p.is_file()), None)
+                     for word in words]
             if None in paths:
                 raise ValueError(f"{file}: line {number} points nowhere: no file {words[paths.index(None)]}")
             samples.append(Sample(part, str(Path(words[0]).parent), tuple(paths), str(paths[0])))
@@ -283,6 +289,8 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
                 images[i], depths[i] = image[grid], np.where(millimetres < 65535, millimetres, 0)
                 progress("packing", i + 1, n, start)
         os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # h5py's answers to a full disk
+        raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room, or choose another place") from None
     finally:
         partial.unlink(missing_ok=True)
     print(f"{file}: {n} frames of {frame[0]}x{frame[1]}, {file.stat().st_size / 2**20:.0f} MiB, in {time.time() - start:.0f} s")
@@ -311,7 +319,7 @@ def read_pack(source, scale):
     """uint8 RGB, and uint16 millimetres whatever the scale of the original was."""
     file, written, i = source
     images, depths = memory_of(file, written)
-    return images[i], to_metres(depths[i], 1000, f"{file}[{i}]")
+    return np.array(images[i]), to_metres(depths[i], 1000, f"{file}[{i}]")
 
 
 # To add a layout: find(root) -> [Sample], empty if root is something else; read(source, scale).
@@ -446,8 +454,8 @@ class DepthDataset(torch.utils.data.Dataset):
 def find_samples(root):
     """The data set at root, whatever its layout -> the layout's name, and all samples, each with its part: train, val or test.
 
-    test: only an official test part.  val: the data's own, else held out of train by scene, crc32(scene) % 5 == 0; without
-    scenes, or too few, the last fifth of the sorted names.  ValueError if nothing is recognised.
+    test: only an official test part.  val: the data's own, else held out of train by scene, crc32(scene) % 5 == 0, or
+    the last one where that gives none; without scenes, the last fifth of the sorted names.  ValueError if nothing is recognised.
     """
     root = Path(root)
     if not root.exists() and root.parent.suffix != ".mat":
@@ -461,8 +469,11 @@ def find_samples(root):
     own = [i for i, s in enumerate(samples) if s.part != "test"]
     if all(s.part != "val" for s in samples):
         held_out = [zlib.crc32(samples[i].scene.encode()) % 5 == 0 for i in own]
-        if len({samples[i].scene for i in own}) < 2 or len(set(held_out)) < 2:
+        scenes = sorted({samples[i].scene for i in own})
+        if len(scenes) < 2:
             held_out = [k >= len(own) - len(own) // 5 for k in range(len(own))]
+        elif len(set(held_out)) < 2:  # of few scenes the checksum may hold out none, or all
+            held_out = [samples[i].scene == scenes[-1] for i in own]
         for i, held in zip(own, held_out):
             samples[i] = samples[i]._replace(part="val" if held else "train")
     return layout, samples
@@ -562,8 +573,9 @@ def hashed(*keys):
 def furnish(keys):
     """Random seeds, one a room -> dict of tensors, one row a room, in metres. x right, y up from the floor, z forward.
 
-    boxes (B, K, 6) low and high corner, each in the frame poses (B, K, 3) says: x, z, turn. things (B, K): which boxes are one.
-    looks (B, K + 2, 8): of wall, floor, ceiling and all boxes but the first, which is the room itself.
+    boxes (B, K, 6): low and high corner in a frame of its own, which stands at poses (B, K, 3): x, z, turn. The first box is the
+    room, a box of NaN is none. looks (B, L, 8): of wall, floor, ceiling, then things and what lies about; things (K - 1): which of
+    these a box is, from 1.
     The order of the draws makes the rooms: whoever changes it raises ROOMS_VERSION.
     """
     u, used = torch.stack([torch.rand(1024, generator=torch.Generator().manual_seed(key)) for key in keys]), 0
@@ -620,7 +632,7 @@ def furnish(keys):
     glow = torch.cat([bare.expand(-1, 8 + 5), (kinds[2] == 1) * between(0, 1.6, 5), bare.expand(-1, 40)], 1)  # windows by day
     looks = torch.cat([colour, torch.tensor(PATTERNS)[kind], between(.05, .5, n, 1), glow[..., None]], -1)
     return dict(
-        boxes=boxes, poses=poses, things=things, looks=looks, room=room,
+        boxes=boxes, poses=poses, things=things, looks=looks,
         eye=torch.stack([between(-.46, .46) * room[:, 0], between(.9, 1.75), between(-.46, .46) * room[:, 2]], -1),
         target=torch.stack([between(-.45, .45) * room[:, 0], between(-.45, .45) * room[:, 2]], -1), pitch=between(-.5, .12), roll=between(-.06, .06),
         lamps=torch.stack([between(-.4, .4, 2) * room[:, :1], room[:, 1:2] - between(.1, .9, 2), between(-.4, .4, 2) * room[:, 2:]], -1),
@@ -783,17 +795,20 @@ def write_rooms(out, n, seed=0, device="cpu"):
                 numbers = [j if part == "train" else -1 - j for j in range(i, min(i + batch, count))]
                 for j, image, depth in zip(range(i, count), *(t.cpu() for t in render(numbers, seed, device=device))):
                     depth = kinect_holes(depth, j) if part == "train" else depth
-                    with h5py.File(partial / part / "rooms" / f"{j:05d}.h5", "w") as h5:
+                    with h5py.File(memory := io.BytesIO(), "w") as h5:  # HDF5 itself crashes on a full disk
                         packed = dict(compression="lzf", shuffle=True)
                         h5.create_dataset("rgb", data=image.numpy(), chunks=tuple(image.shape), **packed)
                         # 1/1024 m is exact in float32 with few bits set, so it compresses
                         h5.create_dataset("depth", data=((depth * 1024).round() / 1024).numpy(), chunks=tuple(depth.shape), **packed)
+                    (partial / part / "rooms" / f"{j:05d}.h5").write_bytes(memory.getvalue())
                 done += len(numbers)
                 progress("rendering rooms", done, n + n // 8, start)
         print(f"rendered {done} rooms into {out} in {time.time() - start:.0f} s")
         (partial / "rooms.json").write_text(json.dumps(facts) + "\n")
         shutil.rmtree(out, ignore_errors=True)  # rooms of another version, number or seed
         partial.rename(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}): make room, or choose another --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -880,7 +895,7 @@ def multiple_of_32(text):
 def check_device(name):
     """ValueError if PyTorch has no such device here."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # which "meta", a device without numbers, cannot give
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: PyTorch finds no such device here") from None
 
@@ -889,8 +904,11 @@ def run_script(main):
     """Exit codes of every script: 0 done, 1 a claim failed, 2 the user's mistake in one line, 130 Ctrl-C."""
     try:
         main()
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: error: the GPU's memory is too small: lower --batch-size or --size", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:  # a worker's error ends in the same line, after a traceback
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -914,17 +932,18 @@ def main(argv=None):
         if args.rooms < 8:
             parser.error(f"--rooms must be at least 8, got {args.rooms}")
         check_device(args.device)
-        write_rooms(args.out or "data/rooms", args.rooms, args.seed, args.device)
+        if not args.out:
+            parser.error("--rooms needs --out FOLDER (data/rooms belongs to train.py, which renders it)")
+        write_rooms(args.out, args.rooms, args.seed, args.device)
         return
 
     if args.size and not args.pack:
         parser.error("--size is the height and width of the frames of --pack: give that too")
     if args.pack:
         return write_pack(args.pack, args.path, args.size and tuple(args.size), args.depth_scale)
-    layout, samples = find_samples(args.path)
     ds = open_dataset(args.path, "all", size=None, depth_scale=args.depth_scale)
-    print(f"{args.path}: {layout} ({LAYOUTS[layout][2]})")
-    print(f"pairs:  {counts_of(samples)}; scenes: {len({s.scene for s in samples})}")
+    print(f"{args.path}: {ds.layout} ({LAYOUTS[ds.layout][2]})")
+    print(f"pairs:  {counts_of(ds.samples)}; scenes: {len({s.scene for s in ds.samples})}")
     picked, values, rows = torch.linspace(0, len(ds) - 1, min(len(ds), 24)).long().tolist(), [], []
     for i in picked:
         image, depth = ds.read(i)

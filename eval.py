@@ -348,7 +348,7 @@ def main(argv=None):
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
     parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
     parser.add_argument("--batch-size", type=above_0(int), default=8)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
     parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
     parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model); the worst "
@@ -375,15 +375,19 @@ def main(argv=None):
     native, own_flip = protocol.pop("native"), protocol.pop("flip")
     flip = own_flip if args.flip is None else args.flip
     protocol["max_depth"] = protocol["max_depth"] or facts["max_depth"]
-    at = size or (frame_size(facts) if native else tuple(facts["size"]))
+    at = size or (frame_size(facts) if native else (224, 224) if args.protocol == "fastdepth" else tuple(facts["size"]))
+    if facts["fixed"] and at != tuple(facts["size"]):
+        raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only, protocol {args.protocol} shows {at[0]}x{at[1]}: "
+                         "export it with --size or --dynamic")
     geometry = args.geometry or ("full" if native else facts["geometry"] if args.protocol == "own" else "fastdepth")
     dataset = open_dataset(args.data, args.split, None if native else at, geometry=geometry, depth_scale=args.depth_scale)
     if native and (found := dataset.read(0)[1].shape) != (480, 640):
         raise ValueError(f"{dataset.files[0]}: protocol {args.protocol} is defined for 480x640 frames, this is {found[0]}x{found[1]}: "
                          "use --protocol own")
-    predict, view = flip_average(predict) if flip else predict, shown(at, geometry) if native else lambda image: image
+    predict, view = flip_average(predict) if flip else predict, shown(at, geometry)
+    answer = (lambda image: predict(view(image))) if native else predict
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
-    result, detail = evaluate(lambda image: predict(view(image)), loader, **protocol, what="evaluating")
+    result, detail = evaluate(answer, loader, **protocol, what="evaluating")
     print(f"{args.model} ({facts['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
           f"{result['images']} images, {result['skipped']} without depth skipped")
     print("  ".join(f"{name:>8}" for name in METRICS))
@@ -400,10 +404,6 @@ def main(argv=None):
     worst_sheet = sheet.with_stem(sheet.stem + "-worst")
     for file in filter(None, (args.json, args.csv, sheet)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    sample_sheet(lambda image: predict(view(image)), dataset, sheet, protocol["max_depth"])
-    sample_sheet(lambda image: predict(view(image)), dataset, worst_sheet, protocol["max_depth"],
-                 notes={i: f"{'/'.join(Path(images[i]['file']).parts[-2:])[-34:]}\nRMSE {images[i]['rmse']:.3f} m" for i in worst})
-    print(f"\npictures: {sheet}, the worst: {worst_sheet}")
     if args.json:
         found = dict(vars(args), **result, size=at, geometry=geometry, flip=flip, ranges=detail["ranges"], per_image=images)
         found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
@@ -413,6 +413,10 @@ def main(argv=None):
             writer = csv.DictWriter(file, images[0])
             writer.writeheader()
             writer.writerows(images)
+    sample_sheet(answer, dataset, sheet, protocol["max_depth"])
+    sample_sheet(answer, dataset, worst_sheet, protocol["max_depth"],
+                 notes={i: f"{'/'.join(Path(images[i]['file']).parts[-2:])[-34:]}\nRMSE {images[i]['rmse']:.3f} m" for i in worst})
+    print(f"\npictures: {sheet}, the worst: {worst_sheet}")
     if args.expect_rmse is not None and not result["rmse"] <= args.expect_rmse:
         print(f"RMSE {result['rmse']:.4f} is above the expected {args.expect_rmse}")
         raise SystemExit(1)

@@ -92,8 +92,9 @@ def export_int8(model, file, size, facts, images):
     model = fold_batch_norm(model)
     if isinstance(model.decoder, NNConv5) and model.decoder.skip != "concat":  # concatenated zeros would move what follows
         model = pad_channels(model)
-    pictures = iter(images.split(1))
-    reader = types.SimpleNamespace(get_next=lambda: {"image": image.numpy()} if (image := next(pictures, None)) is not None else None)
+    feeds = ({"image": image.numpy()} for image in images.split(1))
+    reader = types.SimpleNamespace(get_next=lambda: next(feeds, None))
+    # model.x2 is replaced while the network is traced, so that its readers never meet this form
     with tempfile.TemporaryDirectory(dir=Path(file).parent) as folder, patch("model.x2", x2_by_copies):
         whole, quantised = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         export_onnx(model, whole, size, facts)
@@ -199,18 +200,23 @@ def main(argv=None):
         parser.error("--int8 needs --data or --images to calibrate on, and one size (no --dynamic)")
     model, facts = load_model(args.model)
     size, out = tuple(args.size or facts["size"]), Path(args.out or Path(args.model).with_suffix(".onnx"))
+    if out.suffix != ".onnx":
+        parser.error(f"--out must end in .onnx, got {out}")
     image = real_input(args, size, facts["geometry"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    export_onnx(model, out, size, facts, args.dynamic)
-    predict, _ = load_predictor(out)
+    tried = out.with_suffix(".partial.onnx")  # a file that is wrong never takes the place of one that was right
+    export_onnx(model, tried, size, facts, args.dynamic)
+    predict, _ = load_predictor(tried)
     with torch.no_grad():
         expected = model(image)
         difference = max((predict(image) - expected).abs().max().item(), (predict(image[:1]) - expected[:1]).abs().max().item())
-    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, image (B, 3, {'H, W' if args.dynamic else f'{size[0]}, {size[1]}'}) -> depth in metres")
     print(f"largest difference to PyTorch over {len(image)} pictures: {difference:.2g} m")
     if not difference <= TOLERANCE:
-        print(f"that is more than {TOLERANCE:g} m: do not use the file")
+        tried.unlink()
+        print(f"that is more than {TOLERANCE:g} m: nothing was written to {out}")
         raise SystemExit(1)
+    os.replace(tried, out)
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, image (B, 3, {'H, W' if args.dynamic else f'{size[0]}, {size[1]}'}) -> depth in metres")
 
     files = {"ONNX Runtime": out}
     if args.int8:

@@ -10,11 +10,13 @@ pictures. Learning rate, plateau schedule and augmentation were chosen by measur
 last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
 """
 import argparse
+import copy
 import itertools
 import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,7 @@ def make_parser():
     p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
     p.add_argument("--augment", default="flip", choices=("none", "flip", "paper"), help="paper: also zoom, rotation, colour")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
-    p.add_argument("--workers", type=int, default=0, help="processes that read data, for each that trains")
+    p.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N", help="processes that read data, for each that trains")
     # network
     p.add_argument("--model", default="fastdepth", choices=list(MODELS))
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
@@ -101,6 +103,9 @@ def parse(argv):
         parser.set_defaults(**PRESETS[args.preset])
         args = parser.parse_args(argv)
     if args.resume:
+        for flag in ("preset", "out", "init", "pretrained", "encoder_weights"):
+            if getattr(args, flag):
+                parser.error(f"--{flag.replace('_', '-')} is for a new run, not for --resume")
         args.resume = folder = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
         file = Path(folder) / "last.pt"
         saved = load_checkpoint(file)
@@ -228,7 +233,8 @@ def join_ranks(args):
             sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        patience = timedelta(hours=6)  # of the others, while rank 0 renders rooms or validates
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
     return rank, ranks
 
 
@@ -243,6 +249,8 @@ def main(argv=None):
         except ImportError:
             raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
     if Path(args.data) == ROOMS and master and not have_rooms(ROOMS, args.rooms):
+        if args.dry_run:
+            raise ValueError(f"{ROOMS}: does not hold {args.rooms} rooms of this version yet: leave out --dry-run to render them")
         write_rooms(ROOMS, args.rooms)
     if ranks > 1:
         distributed.barrier()  # until the rooms are there
@@ -309,7 +317,9 @@ def main(argv=None):
           f"output 1/{model.output_stride}")
     print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
           f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
-    constant = constant_map(open_dataset(args.data, "train", **common), args.max_depth)
+    plain = copy.copy(train_set)
+    plain.augment = "none"
+    constant = constant_map(plain, args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "
           "the mean of each pixel, without looking")

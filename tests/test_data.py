@@ -84,6 +84,11 @@ def test_float_depth_is_metres_and_what_is_not_finite_is_not_measured(dtype):
     assert metres.dtype == np.float32 and metres.tolist() == [[1.5, 0, 0], [0, 0, 7.25]]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1), (1, 2, 3)])
+def test_depth_may_have_a_channel_of_its_own(shape):
+    assert to_metres(np.arange(1, 7, dtype=np.float32).reshape(shape)).tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("scale", [1000.0, 5000.0, 256.0])
 def test_integer_depth_is_divided_by_its_scale_and_0_and_65535_are_not_measured(dtype, scale):

@@ -181,14 +181,16 @@ def convert_at_once(monkeypatch, exported, error=0.0):
 @pytest.mark.parametrize("error, code", [(0.0, None), (1e-4, None), (5e-3, 1), (-5e-3, 1), (np.nan, 1)])
 def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, exported, tmp_path, monkeypatch, capsys, error, code):
     convert_at_once(monkeypatch, exported, error)
+    (tmp_path / "best.onnx").write_text("an older file")
     try:
         export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
     except SystemExit as stop:
         assert stop.code == code == 1
     else:
         assert code is None
-    out = capsys.readouterr().out
-    assert "largest difference" in out and ("do not use" in out) == (code == 1)
+    assert "largest difference" in capsys.readouterr().out
+    assert ((tmp_path / "best.onnx").read_bytes() == b"an older file") == (code == 1)  # nothing wrong takes the place of what was right
+    assert [file.name for file in tmp_path.iterdir()] == ["best.onnx"]
 
 
 def test_the_comparison_is_on_real_pictures(checkpoint, exported, tmp_path, monkeypatch):
@@ -316,6 +318,8 @@ def test_wrong_flags_are_refused_before_anything_is_written(checkpoint, tmp_path
     out = ["--out", str(tmp_path / "best.onnx")]
     with pytest.raises(ValueError, match="--size: must be a multiple of 32, got 60"):
         export.main([str(checkpoint), *out, "--size", "60", "96"])
+    with pytest.raises(ValueError, match="must end in .onnx"):
+        export.main([str(checkpoint), "--out", str(checkpoint)])
     with pytest.raises(ValueError, match="nowhere"):
         export.main([str(checkpoint), *out, "--images", str(tmp_path / "nowhere")])
     for flags, named in ((["--int8"], "--data"), (["--int8", "--dynamic", "--data", "x"], "--dynamic"), (["--threads", "0"], "--threads")):

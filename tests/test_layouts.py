@@ -1,7 +1,10 @@
 """Each layout of data.py in miniature, written by the test in exactly the form in which the data set is published, and packs."""
 import os
+import subprocess
+import sys
 import zlib
 from itertools import product
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,6 +15,9 @@ from PIL import Image
 import data
 from data import find_samples, open_dataset, write_pack
 from test_data import complains, frame, save, write
+
+
+ROOT = str(Path(data.__file__).parent)
 
 
 def stored(folder, stem, seed, picture="{}.jpg", depth="{}.png", scale=1000):
@@ -116,8 +122,12 @@ def test_kaggles_lists_have_8_bit_training_and_16_bit_test_depth(kaggle):
     assert not scenes[0] & scenes[1] and len(scenes[0] | scenes[1]) == 4
 
 
-@pytest.mark.parametrize("line", ["{p} {d}", "{p} {d} 721.5377", "1305031102.1753 {p} 1305031102.1604 {d}", "{p},{d}", "{p}\t{d}", "{p}; {d}"])
-@pytest.mark.parametrize("header", ["", "# picture depth\n", "image,depth\n"])
+def test_kaggles_archive_may_be_named_above_its_data_folder(kaggle):
+    assert open_dataset(kaggle.parent, "all").files == open_dataset(kaggle, "all").files
+
+
+@pytest.mark.parametrize("line", ["{p} {d}", "/{p} /{d}", "{p} {d} 721.5377", "1305031102.1753 {p} 1305031102.1604 {d}", "{p},{d}", "{p}\t{d}", "{p}; {d}"])
+@pytest.mark.parametrize("header", ["", "# picture depth\n", "image,depth\n", "\ufeff", "a/x.png None 721.5377\n"])
 def test_a_list_may_have_a_header_and_other_columns(tmp_path, header, line):
     expected = [stored(tmp_path, name, seed, "a/{}.png", "b/{}.png") for seed, name in enumerate("xyz")]
     lines = [line.format(p=f"a/{name}.png", d=f"b/{name}.png") for name in "xyz"]
@@ -152,6 +162,13 @@ def test_a_list_that_is_no_text_is_named(tmp_path):
     (tmp_path / "pairs.txt").write_bytes(bytes(range(256)))
     with complains("pairs.txt: is not text"):
         open_dataset(tmp_path / "pairs.txt", "all")
+
+
+def test_of_two_scenes_one_is_held_out_whole_though_the_checksum_holds_out_none(tmp_path):
+    scenes = [name for name in map("scene{:04d}_00".format, range(20)) if zlib.crc32(name.encode()) % 5][:2]
+    for scene, name in product(scenes, "abc"):
+        stored(tmp_path / scene, name, 0, "color/{}.jpg", "depth/{}.png")
+    assert [{s.scene for s in open_dataset(tmp_path, part).samples} for part in ("train", "val")] == [{scenes[0]}, {scenes[1]}]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -242,6 +259,24 @@ def test_a_pack_keeps_half_a_millimetre_and_drops_what_it_cannot_hold(tmp_path):
     packed = open_dataset(tmp_path / "set.h5", "all", size=None).read(0)[1]
     near = depth < 65.53
     assert np.abs(packed - depth)[near].max() <= 0.0005 + 1e-6 and (packed[depth > 65.535] == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pack_as_stored_is_free_to_be_written_on(originals, tmp_path):
+    write_pack(tmp_path / "set.h5", originals)
+    image, depth, _ = open_dataset(tmp_path / "set.h5", "all", size=None)[0]
+    assert image.shape == (3, 250, 333) and depth.shape == (1, 250, 333)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no limit on the size of files")
+@pytest.mark.parametrize("arguments, target", [(["SET", "--pack", "set.h5"], "set.h5"), (["--rooms", "8", "--out", "rooms"], "rooms")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(originals, tmp_path, arguments, target):
+    script = "import data, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); data.run_script(data.main)"
+    arguments = [str(originals) if a == "SET" else a for a in arguments]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": ROOT})
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and f"{target}: cannot be written" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 
 def test_workers_share_a_pack_and_it_pickles(originals, tmp_path):
