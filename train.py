@@ -318,7 +318,7 @@ def main(argv=None):
     print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
           f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
     plain = copy.copy(train_set)
-    plain.augment = "none"
+    plain.augment = False
     constant = constant_map(plain, args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "

@@ -199,7 +199,7 @@ def test_flip_average_is_the_mean_with_the_mirrored_prediction_of_the_mirror_ima
 
 #             rows       columns    clamp        max_depth  pooled
 DEFINITION = {
-    "fastdepth":  ((0, 64), (0, 64), None, np.inf, False),
+    "fastdepth":  ((0, 224), (0, 224), None, np.inf, False),
     "eigen":      ((45, 471), (41, 601), (1e-3, 10), 10, False),
     "densedepth": ((20, 460), (24, 616), (0.1, 10), 10, True)}
 
@@ -213,7 +213,7 @@ def test_a_protocol_is_what_its_definition_says(protocol, flags, flip, network, 
     for picture, depth in zip(pictures, depths):
         image, truth = Image.fromarray(picture), Image.fromarray(depth)
         if protocol == "fastdepth":
-            image, truth = (x.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((64, 64), NEAREST) for x in (image, truth))
+            image, truth = (x.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((224, 224), NEAREST) for x in (image, truth))
         else:
             image = image.resize((64, 64), NEAREST)  # 64 of the 228 rows of the crop are 70 of all 250: 64, to a multiple of 32
         x, truth = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255, np.array(truth)
@@ -227,6 +227,13 @@ def test_a_protocol_is_what_its_definition_says(protocol, flags, flip, network, 
     result = evaluated(file, root, tmp_path, "--protocol", protocol, *flags.split())
     agree(result, expected, rel=1e-4)
     assert (result["images"], result["skipped"]) == (3, 0)
+
+
+def test_the_numbers_are_written_though_the_pictures_cannot_be(network, frames, tmp_path):
+    (tmp_path / "sheet.png").mkdir()
+    with pytest.raises(OSError):
+        evaluated(network[0], frames[0], tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["rmse"] > 0
 
 
 @pytest.mark.parametrize("protocol", ["eigen", "densedepth"])

@@ -632,7 +632,6 @@ def refused(argv, monkeypatch, capfd):
     ("--device tpu9", "tpu9"),
     ("--data NOWHERE", "NOWHERE"),
     ("--init NOWHERE.pt", "NOWHERE.pt"),
-    ("--resume NOWHERE", "NOWHERE"),
     ("--max-depth 0.001", "--max-depth"),  # nothing is valid
 ])
 def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, tmp_path, monkeypatch, capfd):
@@ -645,6 +644,19 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "multiple of 3" in refused(flags, monkeypatch, capfd)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--preset best", "--out elsewhere", "--init best.pt", "--pretrained", "--encoder-weights x.pth"])
+def test_flags_of_a_new_run_are_refused_on_resume(finished, flag):
+    with pytest.raises(ValueError, match=f"{flag.split()[0]} is for a new run"):
+        train.main(["--resume", str(finished[0]), *flag.split()])
+
+
+def test_a_dry_run_renders_no_rooms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data/rooms: does not hold 8 rooms"):
+        train.main(["--rooms", "8", "--dry-run"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat", "--optimizer adam"])
