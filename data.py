@@ -606,30 +606,33 @@ def furnish(keys):
             xz = between(-.4, .4, n, 2) * floor
         return which, boxes, torch.cat([xz, turn[..., None]], -1)
 
-    kinds, boxes, poses = zip(place(ON_WALLS, 5, True), place(STANDING, 5, False), place(ABOVE, 5, True))
-    boxes, poses = torch.cat(boxes, 1), torch.cat(poses, 1)  # (B, 15, PARTS, 6), (B, 15, 3)
-    # What lies about: four small boxes on the first box of each of the ten things that stand on the floor.
-    low, high = boxes[:, :10, None, 0].expand(-1, -1, 4, -1).unflatten(-1, (2, 3)).unbind(-2)  # (B, 10, 4, 3)
-    size = torch.stack([.04 + .4 * between(0, 1, 10, 4)**2, .02 + .4 * between(0, 1, 10, 4)**2, .04 + .3 * between(0, 1, 10, 4)**2], -1)
-    middle = low + (high - low) * torch.stack([between(.1, .9, 10, 4), torch.ones(len(keys), 10, 4), between(.15, .85, 10, 4)], -1)
+    each, loose = 5, 4
+    low_things, n_things = 2 * each, 3 * each
+    kinds, boxes, poses = zip(place(ON_WALLS, each, True), place(STANDING, each, False), place(ABOVE, each, True))
+    boxes, poses = torch.cat(boxes, 1), torch.cat(poses, 1)  # (B, n_things, PARTS, 6), (B, n_things, 3)
+    # What lies about: small boxes on the first box of each thing that stands on the floor.
+    many = low_things, loose
+    low, high = boxes[:, :low_things, None, 0].expand(-1, -1, loose, -1).unflatten(-1, (2, 3)).unbind(-2)  # (B, low_things, loose, 3)
+    size = torch.stack([.04 + .4 * between(0, 1, *many)**2, .02 + .4 * between(0, 1, *many)**2, .04 + .3 * between(0, 1, *many)**2], -1)
+    middle = low + (high - low) * torch.stack([between(.1, .9, *many), torch.ones(len(keys), *many), between(.15, .85, *many)], -1)
     foot = size * torch.tensor([.5, 0, .5])
-    clutter = torch.cat([middle - foot, middle + size - foot], -1)  # (B, 10, 4, 6)
-    n = 15 + 40
-    things = torch.cat([torch.arange(1, 16).repeat_interleave(PARTS), torch.arange(16, n + 1)])
-    shell = torch.stack([-room[:, 0] / 2, 0 * room[:, 0], -room[:, 2] / 2, room[:, 0] / 2, room[:, 1], room[:, 2] / 2], -1)
+    clutter = torch.cat([middle - foot, middle + size - foot], -1)  # (B, low_things, loose, 6)
+    n_small = low_things * loose
+    things = 1 + torch.cat([torch.arange(n_things).repeat_interleave(PARTS), n_things + torch.arange(n_small)])
+    shell = torch.cat([room * torch.tensor([-.5, 0, -.5]), room * torch.tensor([.5, 1, .5])], -1)
     boxes = torch.cat([shell[:, None], boxes.flatten(1, 2), clutter.flatten(1, 2)], 1)
-    of = torch.cat([torch.arange(15).repeat_interleave(PARTS), torch.arange(10).repeat_interleave(4)])
+    of = torch.cat([torch.arange(n_things).repeat_interleave(PARTS), torch.arange(low_things).repeat_interleave(loose)])
     poses = torch.cat([torch.zeros(len(keys), 1, 3), poses[:, of]], 1)
 
-    n += 3  # looks: walls, floor, ceiling, things, clutter
+    n = 3 + n_things + n_small  # looks: walls, floor, ceiling, things, what lies about
     bright, kind = between(.08, .95, n), between(0, len(PATTERNS), n).long()
     bright[:, :3] = bright[:, :3] * torch.tensor([.35, .55, .15]) + torch.tensor([.6, .15, .8])
     colour = bright[..., None] * (1 + between(-.6, .6, n, 3) * between(0, 1, n, 1)**2 * torch.tensor([.5, 1, .2] + [1.3] * (n - 3))[:, None])
-    wooden = between(0, 1, n, 1) < torch.tensor([0, .5, 0] + [.4] * 15 + [.05] * 40)[:, None]
+    wooden = between(0, 1, n, 1) < torch.tensor([0, .5, 0] + [.4] * n_things + [.05] * n_small)[:, None]
     colour = torch.where(wooden, torch.tensor([.62, .42, .26]) * (.4 + bright[..., None]), colour).clamp(.03, .97)
     kind[:, 0], kind[:, 1], kind[:, 2] = 4 * (kind[:, 0] == 4), 2 + kind[:, 1] % 2, 0
-    bare = torch.zeros(len(keys), 1)
-    glow = torch.cat([bare.expand(-1, 8 + 5), (kinds[2] == 1) * between(0, 1.6, 5), bare.expand(-1, 40)], 1)  # windows by day
+    glow = torch.zeros(len(keys), n)
+    glow[:, 3 + low_things:3 + n_things] = (kinds[2] == 1) * between(0, 1.6, each)  # windows by day
     looks = torch.cat([colour, torch.tensor(PATTERNS)[kind], between(.05, .5, n, 1), glow[..., None]], -1)
     return dict(
         boxes=boxes, poses=poses, things=things, looks=looks,
@@ -656,8 +659,9 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     up = torch.linalg.cross(ahead, side)
     cos, sin = s["roll"].cos()[:, None], s["roll"].sin()[:, None]
     axes = torch.stack([side * cos + up * sin, up * cos - side * sin, ahead], -1)  # (B, 3, 3)
-    x = (torch.arange(W, device=device) + .5 - W / 2) / (FOCAL * W)  # (W)
-    y = (H / 2 - torch.arange(H, device=device) - .5) / (FOCAL * W)  # (H)
+    focal = FOCAL * W  # pixels
+    x = (torch.arange(W, device=device) + .5 - W / 2) / focal  # (W)
+    y = (H / 2 - torch.arange(H, device=device) - .5) / focal  # (H)
 
     # Each box in its own frame, seen from the eye.
     px, pz, cos, sin = s["poses"][..., 0], s["poses"][..., 1], s["poses"][..., 2].cos(), s["poses"][..., 2].sin()  # (B, K)
@@ -672,14 +676,14 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     corners = torch.where(bits, high[..., None, :], low[..., None, :]) @ frame  # (B, K, 8, 3) in the camera's frame
     behind = corners[..., 2] < .05  # (B, K, 8)
     within = ((low < .25) & (high > -.25)).all(-1)  # the camera does not stand in things
-    u, v = (corners[..., i] / corners[..., 2] * (FOCAL * W * sign) + n / 2 for i, sign, n in ((0, 1, W), (1, -1, H)))
+    u, v = corners[..., 0] / corners[..., 2] * focal + W / 2, corners[..., 1] / corners[..., 2] * -focal + H / 2  # pixels
     rectangle = torch.stack([u.amin(-1), v.amin(-1), -u.amax(-1) - 1, -v.amax(-1) - 1], -1)  # left, top, -right, -bottom
     limit = torch.tensor([0, 0, -W, -H], device=device)
     rectangle = torch.where(behind.any(-1, keepdim=True), limit, torch.maximum(rectangle, limit))
     hidden = within | behind.all(-1) | low.isnan().any(-1)
-    rectangle = torch.where(hidden[..., None], 0, rectangle).amin(0).int().tolist()  # of all rooms of the batch together
-    traced = {k: (slice(top, -bottom), slice(left, -right)) for k, (left, top, right, bottom) in enumerate(rectangle)
-              if k and left < -right and top < -bottom}
+    rectangle = torch.where(hidden[..., None], 0, rectangle).amin(0) * torch.tensor([1, 1, -1, -1], device=device)  # of all rooms together
+    traced = {k: (slice(top, bottom), slice(left, right)) for k, (left, top, right, bottom) in enumerate(rectangle.int().tolist())
+              if k and left < right and top < bottom}
 
     # 1 / depth is affine in the pixel on any plane: the sum of what its column and what its row gives. Where the ray has passed
     # every plane that has the eye in front of it and none that has the eye behind it, it is in the box: three of the
