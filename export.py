@@ -50,7 +50,7 @@ def export_onnx(model, file, size, facts, dynamic=False):
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         # opset 18: OpenCV 4.8 reads it. The exporter would fold batch norm too, but for the one behind a transposed convolution.
         program = torch.onnx.export(fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
-                                    opset_version=18, dynamo=True, external_data=False, verbose=False, dynamic_shapes=(free,))
+                                    opset_version=18, dynamo=True, verbose=False, dynamic_shapes=(free,))
     proto = program.model_proto
     facts = dict(facts, size=list(facts["size"] if dynamic else size), unit="metres", fixed=not dynamic)
     onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(facts)})
