@@ -144,6 +144,7 @@ def timed(lanes, seconds=2.0):
 @torch.no_grad()
 def bench(model, image, files, threads):
     """Print how fast each way to run the network on `image` (1, 3, H, W) is; files: name -> .onnx."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     folded, last = fold_batch_norm(model), image.to(memory_format=torch.channels_last)
     half, square = copy.deepcopy(folded).bfloat16(), torch.rand(2048, 2048)
@@ -169,7 +170,10 @@ def bench(model, image, files, threads):
     except cv2.error as error:
         lanes.pop(f"OpenCV {cv2.__version__}", None)
         notes.append(f"OpenCV {cv2.__version__}: skipped, it cannot read the file ({str(error).strip().splitlines()[0][:80]})")
-    found = timed(lanes | {"matrix multiply": lambda: square @ square})
+    try:
+        found = timed(lanes | {"matrix multiply": lambda: square @ square})
+    finally:
+        torch.set_num_threads(before)
     rate, macs = 2048**3 / found.pop("matrix multiply")[0] / 1e6, count(model, *image.shape[-2:])["macs"]
     print(f"batch 1, {image.shape[2]}x{image.shape[3]}, cpu, {threads} threads; {macs / 1e9:.3f} GMACs; float32 matrices of 2048: {rate:.0f} GMAC/s")
     print(f"{'':24}{'ms median':>10}{'ms p90':>9}{'images/s':>10}{'GMAC/s':>8}{'of matrices':>13}")

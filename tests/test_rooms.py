@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from data import furnish, have_rooms, open_dataset, render, write_rooms
-from test_data import as_array, complains, run
+from test_data import complains, run
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,8 @@ def test_the_command_writes_rooms_whose_training_depth_has_holes(rooms):
     for image, depth, i in train:
         measured = depth > 0
         assert 0.7 < measured.float().mean() < 1
-        assert (depth - depths[i])[measured].abs().max() < 0.001 and (as_array(image) == images[i].permute(1, 2, 0).numpy()).all()
+        assert (depth - depths[i])[measured].abs().max() < 0.001 and \
+            (image * 255 - images[i]).abs().max() < 1.5  # a mean over other threads may round otherwise
     assert val[0][1].min() > 0.1 and not any(torch.equal(val[0][0], image) for image, _, _ in train)
 
 

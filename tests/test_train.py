@@ -547,7 +547,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # PyTorch lets the processes of one launch meet once; here one launch stands for three.
 meet, distributed.destroy_process_group = distributed.init_process_group, lambda: None
-distributed.init_process_group = lambda *a: distributed.is_initialized() or meet(*a)
+distributed.init_process_group = lambda *a, **k: distributed.is_initialized() or meet(*a, **k)
 rank, rates, evaluate, calls = int(os.environ["RANK"]), [], train.evaluate, itertools.count()
 register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
 
@@ -574,7 +574,7 @@ Path(f"{rank}.json").write_text(json.dumps([rates, results]))
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
     process = subprocess.run([*command, *flags], cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())})  # torchrun's is 1
     assert process.returncode == 0, process.stderr
     (rates, results), (rates_1, results_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert rates == rates_1 == pytest.approx(4 * [0.01] + 2 * [0.003] + 2 * [0.0009])  # no epoch was better than the first

@@ -233,7 +233,7 @@ def test_a_published_network_is_read_without_its_code_and_answers_the_same(kind,
     predict, facts = load_predictor(publish(network, zip_format, wrapped))
     assert (facts["model"], facts["options"]) == (name, options)
     with torch.no_grad():
-        assert torch.equal(predict(image), network(image))
+        torch.testing.assert_close(predict(image), network(image), rtol=1e-4, atol=1e-5)  # batch norm is folded
 
 
 def test_training_starts_from_a_published_file(publish, tmp_path):
