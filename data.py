@@ -101,6 +101,7 @@ SPLITS, PICTURES, DEPTHS = ("train", "val", "test"), (".jpg", ".jpeg", ".png"), 
 
 
 class Sample(NamedTuple):
+    """What find() lists: one picture with its depth, not read yet."""
     part: str | None  # train, val or test, where the data set says so
     scene: str  # a scene is never split between train and val
     source: object  # what read() takes
@@ -580,12 +581,14 @@ def furnish(keys):
     """
     u, used = torch.stack([torch.rand(1024, generator=torch.Generator().manual_seed(key)) for key in keys]), 0
 
-    def between(low, high, *shape):  # takes the next unused random numbers of every room
+    def between(low, high, *shape):
+        """The next unused random numbers of every room, (B, *shape)."""
         nonlocal used
         used += math.prod(shape)
         return low + (high - low) * u[:, used - math.prod(shape):used].view(-1, *shape)
 
-    def choose(kinds, n):  # n things a room -> their sizes (B, n, 3) and boxes (B, n, PARTS, 6); a missing box is NaN
+    def choose(kinds, n):
+        """n things a room: which kind (B, n), sizes (B, n, 3) and boxes (B, n, PARTS, 6); a missing box is NaN."""
         low, high = (torch.tensor([[extent[end] for extent in kind[1:4]] for kind in kinds]) for end in (0, 1))
         boxes = torch.tensor([kind[4] + [(math.nan,) * 6] * (PARTS - len(kind[4])) for kind in kinds])
         which = between(0, len(kinds), n).long()
@@ -595,7 +598,8 @@ def furnish(keys):
     room = torch.stack([between(2.2, 6.5), between(2.4, 3), between(2.5, 7.5)], -1)  # (B, 3)
     floor = room[:, None, ::2]  # (B, 1, 2)
 
-    def place(kinds, n, at_wall):  # -> boxes (B, n, PARTS, 6), and the pose (x, z, turn) of the frame that each stands in (B, n, 3)
+    def place(kinds, n, at_wall):
+        """n things a room: which kind (B, n), boxes (B, n, PARTS, 6), and the pose x, z, turn of the frame of each (B, n, 3)."""
         which, sizes, boxes = choose(kinds, n)
         turn = between(0, 4, n).floor() * (math.pi / 2) if at_wall else between(0, 2 * math.pi, n)
         across, ahead = torch.stack([turn.cos(), -turn.sin()], -1), torch.stack([turn.sin(), turn.cos()], -1)  # its x and z
@@ -639,7 +643,7 @@ def furnish(keys):
         eye=torch.stack([between(-.46, .46) * room[:, 0], between(.9, 1.75), between(-.46, .46) * room[:, 2]], -1),
         target=torch.stack([between(-.45, .45) * room[:, 0], between(-.45, .45) * room[:, 2]], -1), pitch=between(-.5, .12), roll=between(-.06, .06),
         lamps=torch.stack([between(-.4, .4, 2) * room[:, :1], room[:, 1:2] - between(.1, .9, 2), between(-.4, .4, 2) * room[:, 2:]], -1),
-        # exposure, ambient light, red and blue gain, noise, gamma
+        # exposure, ambient light, red and blue gain, noise, tone curve
         camera=torch.stack([between(.38, .62), between(.3, .7), between(.9, 1.2), between(.75, 1.1), between(.01, .05), between(.7, 1)], -1))
 
 
@@ -710,10 +714,12 @@ def render(indices, seed=0, size=ROOM_SIZE, device="cpu"):
     # Where each ray ends, in the frame of what it hit: metres from the low faces, and which face that is.
     first = torch.arange(B, device=device)[:, None, None]
 
-    def look_up(table, index):  # (B, n), (B, H, W) -> (B, H, W)
+    def look_up(table, index):
+        """(B, n) numbers, (B, H, W) which of them -> (B, H, W)."""
         return table.flatten().index_select(0, (index + first * table.shape[1]).flatten()).view(B, H, W)
 
-    def plane(weights):  # (B, 3) -> weights . (x, y, 1), (B, H, W)
+    def plane(weights):
+        """(B, 3) -> weights . (x, y, 1) at every pixel, (B, H, W)."""
         return (weights[:, :1] * x + weights[:, 2:])[:, None] + (weights[:, 1:2] * y)[..., None]
 
     cos, sin = look_up(cos, hit), look_up(sin, hit)
@@ -882,6 +888,7 @@ class Parser(argparse.ArgumentParser):
 def above_0(kind):
     """The argparse type of a number above 0."""
     def number(text):
+        """The number, or the error that argparse prints."""
         if not (value := kind(text)) > 0:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
         return value

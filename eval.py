@@ -199,6 +199,7 @@ def whole_picture_size(height, width, frame):
 def shown(size, geometry):
     """The view of a batch of images that `geometry` (data.sampling_grid) gives at `size`."""
     def view(image):
+        """(B, C, H, W) -> (B, C, *size)."""
         rows, cols, _ = sampling_grid(*image.shape[-2:], size, geometry)
         return image[..., rows, cols]
     return view

@@ -60,10 +60,12 @@ class DepthwiseOnCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients of x and weight, from that of y."""
         x, weight = ctx.saved_tensors
         kernel, channels = weight.shape[-1], len(weight)
 
-        def gradient(x, weight, grad, stride, padding, wanted):  # wanted: of x, weight, bias
+        def gradient(x, weight, grad, stride, padding, wanted):
+            """The library's gradients; wanted says which, of x, weight, bias."""
             return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), channels, wanted)
 
         # x: in bfloat16 the kernel for stride 2 is slow, the one for float32 is not.
@@ -134,6 +136,7 @@ class Metres(nn.Module):
         return math.log(math.expm1(1 / share - 1)) if self.name == "reciprocal" else share * self.max_depth
 
     def extra_repr(self):
+        """What print(model) says of it."""
         return f"{self.name}, max_depth={self.max_depth}"
 
 
@@ -643,6 +646,7 @@ class StandInUnpickler(pickle.Unpickler):
                "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numbers of best_result
 
     def find_class(self, module, name):
+        """What pickle calls for every class or function that a file names; UnpicklingError for what is not known as harmless."""
         if f"{module}.{name}" in self.TENSORS or module == "torch" and name.endswith("Storage"):
             return super().find_class(module, name)
         if module.startswith(self.MODULES):
@@ -765,6 +769,7 @@ def layers(model, height=224, width=224):
     rows, model = [], copy.deepcopy(model).to("meta").eval()
 
     def hook(name, conv, args, out):
+        """Note one convolution as it runs."""
         grid = args[0] if isinstance(conv, nn.ConvTranspose2d) else out  # each weight is used once per pixel of this map
         rows.append((name, tuple(out.shape[1:]), conv.weight.numel(), grid[0, 0].numel() * conv.weight.numel()))
 

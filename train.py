@@ -173,6 +173,7 @@ def draw_curves(file, history, constant):
         low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
 
         def at(epoch, value):
+            """The pixel of a point of the curve."""
             return (k * width + left + (width - left - 15) * epoch / max(len(values) - 1, 1),
                     top + (height - top - 25) * (high - value) / (high - low))
 
@@ -329,6 +330,7 @@ def main(argv=None):
     print(f"results     {out}")
 
     def save(name):
+        """Write the state of the loop as OUT/name."""
         once = ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")  # flags of a start, not of a run
         save_checkpoint(out / name, dict(
             model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
