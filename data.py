@@ -878,7 +878,13 @@ def to_picture(image):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all others (run_script)."""
+    """argparse whose errors are one line, as all others (run_script), and whose --help says every default."""
+
+    def add_argument(self, *names, **more):
+        """As argparse's."""
+        if more.get("default") not in (None, [], argparse.SUPPRESS):
+            more["help"] = f"{more.get('help', '')} (default: %(default)s)".lstrip()
+        return super().add_argument(*names, **more)
 
     def error(self, message):
         """What argparse calls for a wrong flag."""

@@ -194,7 +194,7 @@ def main(argv=None):
     parser.add_argument("--data", help="data set to compare on; its val split says what int8 loses")
     parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
     parser.add_argument("--bench", action="store_true", help="also time the ways to run it on one picture")
-    parser.add_argument("--threads", type=above_0(int), default=torch.get_num_threads(), help="of --bench and --int8 (default: %(default)s)")
+    parser.add_argument("--threads", type=above_0(int), default=torch.get_num_threads(), help="of --bench and --int8")
     args = parser.parse_args(argv)
 
     for package in "onnx", "onnxscript", "onnxruntime":

@@ -44,7 +44,7 @@ PRESETS = {
 
 def make_parser():
     """Every flag, in groups; the defaults are the README's recipe."""
-    p = Parser(description="Train a depth network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="Train a depth network.")
     p.add_argument("--preset", choices=PRESETS, help="a recipe: defaults for the flags that are not given")
     # data
     p.add_argument("--data", default=str(ROOMS), help="data set; the default is rendered on first use")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -611,6 +612,12 @@ def refused(argv, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert stop.value.code == 2 and error.startswith("train.py: error: ") and error.count("\n") == 1, error
     return error
+
+
+def test_help_says_the_default_of_every_flag_that_has_one():
+    text = train.make_parser().format_help()
+    assert "None" not in text and "(default: 0.0001)" in text and "(default: the network's)" in text
+    assert re.search(r"--loss \{[^}]*\}\s+\(default: l1\)", text) and re.search(r"--seed SEED\s+\(default: 0\)", text)
 
 
 @pytest.mark.parametrize("wrong, named", [
