@@ -338,7 +338,7 @@ LAYOUTS = {
 # Geometry: one function for training, evaluation and prediction
 # ------------------------------------------------------------------------------------------------------------------
 
-GEOMETRIES = ("fastdepth", "full")
+GEOMETRIES, AUGMENTS = ("fastdepth", "full"), ("none", "flip", "paper")
 FASTDEPTH_VIEW = (250, 333), (228, 304)  # FastDepth's grid, and the crop in its middle that the network sees
 
 
@@ -426,7 +426,7 @@ class DepthDataset(torch.utils.data.Dataset):
 
     def draw(self, index):
         """The augmentation of a sample in this epoch: how the view moves, and how colours change."""
-        if self.augment in (False, "none"):
+        if self.augment == "none":
             return {}, None
         key = f"{self.seed} {self.epoch} {index}".encode()
         u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
@@ -484,6 +484,9 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
     """The split "train", "val", "test" or "all" of the data at root (find_samples). limit: only so many, evenly chosen."""
     if split not in (*SPLITS, "all"):
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, all")
+    augment = {False: "none", True: "paper"}.get(augment, augment)
+    if augment not in AUGMENTS:
+        raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTS)}")
     layout, samples = find_samples(root)
     chosen = [s for s in samples if split in ("all", s.part)]
     if not chosen:

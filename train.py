@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import distributed
 
-from data import (GEOMETRIES, Parser, above_0, batches, check_device, have_rooms, multiple_of_32, open_dataset, progress, run_script,
+from data import (AUGMENTS, GEOMETRIES, Parser, above_0, batches, check_device, have_rooms, multiple_of_32, open_dataset, progress, run_script,
                   valid_mask, write_rooms)
 from eval import evaluate, sample_sheet
 from loss import LOSSES, make_loss
@@ -51,7 +51,7 @@ def make_parser():
     p.add_argument("--rooms", type=above_0(int), default=768, help="how many training rooms are rendered for data/rooms")
     p.add_argument("--depth-scale", type=above_0(float), default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
     p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
-    p.add_argument("--augment", default="flip", choices=("none", "flip", "paper"), help="paper: also zoom, rotation, colour")
+    p.add_argument("--augment", default="flip", choices=AUGMENTS, help="paper: also zoom, rotation, colour")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
     p.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N", help="processes that read data, for each that trains")
     # network
@@ -319,7 +319,7 @@ def main(argv=None):
     print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
           f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
     plain = copy.copy(train_set)
-    plain.augment = False
+    plain.augment = "none"
     constant = constant_map(plain, args.max_depth)
     trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "

@@ -360,6 +360,11 @@ def test_an_unknown_split_is_refused(tmp_path):
         open_dataset(write(tmp_path), "validation")
 
 
+def test_an_unknown_augmentation_is_refused(tmp_path):
+    with complains("'flips'.*none, flip, paper"):
+        open_dataset(write(tmp_path), "all", augment="flips")
+
+
 @pytest.mark.parametrize("limit", [1, 4, 8, 12, 99])
 def test_a_limit_chooses_evenly_over_the_whole_split(tmp_path, limit):
     names = "abcdefghijkl"

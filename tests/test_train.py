@@ -141,12 +141,12 @@ def test_every_epoch_draws_a_new_order_and_new_pictures_but_the_validation_stays
 
     monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
     train.main([*flags, "--epochs", "2", "--augment", "paper"])
-    drawn = [key[2:] for key in seen if key[0] and key[1]]
+    drawn = [key[2:] for key in seen if key[0] and key[1] == "paper"]
     orders = [[index for index, *_ in epoch] for epoch in (drawn[:8], drawn[8:])]
     assert len(drawn) == 16 and all(len(set(order)) == 8 for order in orders)  # two whole batches
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0]) and len(set(drawn)) == 16
     validation = [key for key in seen if not key[0]]
-    assert not any(augment for _, augment, *_ in validation)
+    assert {augment for _, augment, *_ in validation} == {"none"}
     assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the constant map and two epochs
 
 
