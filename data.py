@@ -338,7 +338,7 @@ LAYOUTS = {
 # Geometry: one function for training, evaluation and prediction
 # ------------------------------------------------------------------------------------------------------------------
 
-GEOMETRIES, AUGMENTS = ("fastdepth", "full"), ("none", "flip", "paper")
+GEOMETRIES, AUGMENTS = ("fastdepth", "full"), ("none", "flip", "colour", "paper")
 FASTDEPTH_VIEW = (250, 333), (228, 304)  # FastDepth's grid, and the crop in its middle that the network sees
 
 
@@ -402,10 +402,10 @@ def jitter(image, brightness, contrast, saturation):
 class DepthDataset(torch.utils.data.Dataset):
     """ds[i] -> image (3, h, w) float32 RGB in [0, 1], depth (1, h, w) float32 metres (0 = not measured), i.
 
-    augment: "none" or False; "flip", a mirror image half of the time; "paper" or True, what FastDepth draws: also zoom 1 to 1.5
-    with depth divided by it (what is nearer looks larger), rotation +-5 degrees, brightness, contrast and saturation 0.6 to
-    1.4. The draw depends on (seed, epoch, i) alone: set ds.epoch before each epoch, and any number of workers gives the
-    same pictures. size None: as stored, not augmented.
+    augment: "none" or False; "flip", a mirror image half of the time; "colour", also rotation +-5 degrees, brightness, contrast
+    and saturation 0.6 to 1.4; "paper" or True, what FastDepth draws: also zoom 1 to 1.5 with depth divided by it (what is
+    nearer looks larger; but a network cannot see the zoom, and learns to answer too near). The draw depends on (seed, epoch, i)
+    alone: set ds.epoch before each epoch, and any number of workers gives the same pictures. size None: as stored, not augmented.
     """
 
     def __init__(self, layout, samples, size, geometry, augment, seed, scale):
@@ -432,7 +432,8 @@ class DepthDataset(torch.utils.data.Dataset):
         u = torch.rand(6, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
         if self.augment == "flip":
             return dict(flip=u[0] < 0.5), None
-        return dict(flip=u[0] < 0.5, zoom=1 + 0.5 * u[1], angle=10 * u[2] - 5), [0.6 + 0.8 * v for v in u[3:]]
+        zoom = 1 + 0.5 * u[1] if self.augment == "paper" else 1.0
+        return dict(flip=u[0] < 0.5, zoom=zoom, angle=10 * u[2] - 5), [0.6 + 0.8 * v for v in u[3:]]
 
     def __getitem__(self, index):
         image, depth = self.read(index)

@@ -34,7 +34,7 @@ from model import MODELS, build_model, count, load_encoder, load_model
 ROOMS = Path("data/rooms")  # rendered on first use
 PRESETS = {
     "paper": dict(lr=0.01, schedule="step", augment="paper"),  # FastDepth's
-    "best": dict(optimizer="adam", schedule="cosine", augment="paper"),  # of those in docs/results.md
+    "best": dict(optimizer="adam", schedule="cosine", augment="colour"),  # of those in docs/results.md
 }
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def make_parser():
     p.add_argument("--rooms", type=above_0(int), default=768, help="how many training rooms are rendered for data/rooms")
     p.add_argument("--depth-scale", type=above_0(float), default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
     p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
-    p.add_argument("--augment", default="flip", choices=AUGMENTS, help="paper: also zoom, rotation, colour")
+    p.add_argument("--augment", default="flip", choices=AUGMENTS, help="colour: also rotation and colour; paper: also zoom")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
     p.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N", help="processes that read data, for each that trains")
     # network

@@ -361,7 +361,7 @@ def test_an_unknown_split_is_refused(tmp_path):
 
 
 def test_an_unknown_augmentation_is_refused(tmp_path):
-    with complains("'flips'.*none, flip, paper"):
+    with complains("'flips'.*none, flip, colour, paper"):
         open_dataset(write(tmp_path), "all", augment="flips")
 
 
@@ -503,6 +503,17 @@ def test_the_augmentation_can_be_a_flip_alone(tmp_path):
         flips.append(torch.equal(item, plain.flip(-1)))
         assert flips[-1] or torch.equal(item, plain)
     assert 10 < sum(flips) < 30
+
+
+def test_the_colour_augmentation_is_the_papers_without_its_zoom(tmp_path):
+    write(tmp_path, HDF5, "a")
+    colour, paper = (open_dataset(tmp_path, "all", size=(48, 64), augment=augment) for augment in ("colour", "paper"))
+    depths = set(colour.read(0)[1].ravel().tolist()) | {0.0}
+    for colour.epoch in range(6):
+        paper.epoch = colour.epoch
+        (move, factors), (with_zoom, same) = colour.draw(0), paper.draw(0)
+        assert factors == same and move == with_zoom | {"zoom": 1.0} and with_zoom["zoom"] > 1
+        assert set(colour[0][1].unique().tolist()) <= depths  # nothing is divided
 
 
 def test_an_augmented_item_depends_on_seed_epoch_and_index_alone(tmp_path):

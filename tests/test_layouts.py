@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from data import find_samples, open_dataset, write_pack
+from data import AUGMENTS, find_samples, open_dataset, write_pack
 from test_data import complains, frame, save, write
 
 
@@ -235,7 +235,7 @@ def originals(tmp_path):
     return tmp_path / "set"
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "paper"])
+@pytest.mark.parametrize("augment", AUGMENTS)
 def test_a_pack_gives_what_the_originals_give_bit_for_bit(originals, tmp_path, augment):
     write_pack(tmp_path / "set.h5", originals)
     for split in ("train", "val", "test", "all"):
