@@ -795,6 +795,8 @@ def write_rooms(out, n, seed=0, device="cpu"):
     The training depth has holes as a Kinect's, the validation depth is exact and complete.
     """
     out = Path(out)
+    if n < 8:  # n // 8 validate
+        raise ValueError(f"--rooms must be at least 8, got {n}")
     if out.exists() and not (out / "rooms.json").is_file():
         raise ValueError(f"{out}: exists and holds no rooms: choose another --out")
     facts, start, done = rooms_facts(n, seed), time.time(), 0
@@ -819,8 +821,9 @@ def write_rooms(out, n, seed=0, device="cpu"):
                 progress("rendering rooms", done, n + n // 8, start)
         print(f"rendered {done} rooms into {out} in {time.time() - start:.0f} s")
         (partial / "rooms.json").write_text(json.dumps(facts) + "\n")
-        shutil.rmtree(out, ignore_errors=True)  # rooms of another version, number or seed
-        partial.rename(out)
+        if not have_rooms(out, n, seed):  # another process may have been quicker
+            shutil.rmtree(out, ignore_errors=True)  # rooms of another version, number or seed
+            partial.rename(out)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}): make room, or choose another --out") from None
     finally:
@@ -895,12 +898,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def above_0(kind):
-    """The argparse type of a number above 0."""
+def above_0(kind, or_0=False):
+    """The argparse type of a number above 0, or also 0."""
     def number(text):
         """The number, or the error that argparse prints."""
-        if not (value := kind(text)) > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        if not ((value := kind(text)) > 0 or or_0 and value == 0):
+            raise argparse.ArgumentTypeError(f"must be {'0 or ' * or_0}above 0, got {text}")
         return value
     number.__name__ = kind.__name__  # argparse names it where the text is no number
     return number
@@ -950,8 +953,6 @@ def main(argv=None):
     if (args.path is None) == (args.rooms is None):
         parser.error("give the path of a data set, or --rooms N to render one")
     if args.rooms is not None:
-        if args.rooms < 8:
-            parser.error(f"--rooms must be at least 8, got {args.rooms}")
         check_device(args.device)
         if not args.out:
             parser.error("--rooms needs --out FOLDER (data/rooms belongs to train.py, which renders it)")

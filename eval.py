@@ -349,7 +349,7 @@ def main(argv=None):
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
     parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
     parser.add_argument("--batch-size", type=above_0(int), default=8)
-    parser.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N")
+    parser.add_argument("--workers", type=above_0(int, or_0=True), default=0, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
     parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
     parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model); the worst "

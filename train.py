@@ -14,6 +14,7 @@ import copy
 import itertools
 import math
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -53,26 +54,27 @@ def make_parser():
     p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
     p.add_argument("--augment", default="flip", choices=AUGMENTS, help="colour: also rotation and colour; paper: also zoom")
     p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
-    p.add_argument("--workers", type=int, default=0, choices=range(129), metavar="N", help="processes that read data, for each that trains")
+    p.add_argument("--workers", type=above_0(int, or_0=True), default=0, metavar="N", help="processes that read data, for each that trains")
     # network
     p.add_argument("--model", default="fastdepth", choices=list(MODELS))
     p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
     p.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
     p.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the network's)")
-    p.add_argument("--init", metavar="FILE", help="start from a checkpoint, or from a file that FastDepth's authors published")
-    p.add_argument("--pretrained", action="store_true", help="start the encoder from torchvision's ImageNet weights, downloaded")
-    p.add_argument("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--init", metavar="FILE", help="start from a checkpoint, or from a file that FastDepth's authors published")
+    start.add_argument("--pretrained", action="store_true", help="start the encoder from torchvision's ImageNet weights, downloaded")
+    start.add_argument("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
     p.add_argument("--loss", default="l1", choices=list(LOSSES))
     p.add_argument("--epochs", type=above_0(int), default=10)
     p.add_argument("--batch-size", type=above_0(int), default=8, help="pictures of a step, of all processes together")
     p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
-    p.add_argument("--lr", type=above_0(float), help="learning rate (default: the network's, a fiftieth of it for adam)")
+    p.add_argument("--lr", type=above_0(float), help="learning rate (default: the preset's, or the network's, a fiftieth of it for adam)")
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=1e-4)
     p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
                    help="plateau: x 0.3 after an epoch without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
-    p.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
+    p.add_argument("--warmup", type=above_0(float, or_0=True), default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
     p.add_argument("--clip", type=above_0(float), metavar="NORM", help="largest norm of the gradient")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -106,17 +108,17 @@ def parse(argv):
         for flag in ("preset", "out", "init", "pretrained", "encoder_weights"):
             if getattr(args, flag):
                 parser.error(f"--{flag.replace('_', '-')} is for a new run, not for --resume")
-        args.resume = folder = str(Path(args.resume).parent if args.resume.endswith(".pt") else Path(args.resume))
-        file = Path(folder) / "last.pt"
+        file = Path(args.resume) / "last.pt"
         saved = load_checkpoint(file)
+        saved["rate"] = args.lr or saved["rate"]  # a rate given now replaces also what plateau has made of the old one
         parser.set_defaults(**saved["args"])  # as before, but for what is given now
         args = parser.parse_args(argv)
-        args.out = folder
+        args.out = args.resume
         for name in ("model", "options", "optimizer"):
             if getattr(args, name) != saved["args"][name]:
                 raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
-    if args.warmup < 0:
-        parser.error(f"--warmup must not be below 0, got {args.warmup}")
+    elif args.out and (Path(args.out) / "last.pt").exists():
+        raise ValueError(f"{args.out}: holds a run already: go on with --resume {shlex.quote(args.out)}, or choose another --out")
     if wrong := [option for option in args.options if "=" not in option]:
         parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
     spec = MODELS[args.model]
@@ -140,7 +142,8 @@ def save_checkpoint(file, state):
         torch.save(state, partial)
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume {file.parent}") from None
+        again = f", then --resume {shlex.quote(str(file.parent))}" if (file.parent / "last.pt").exists() else ""
+        raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room{again}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -276,14 +279,16 @@ def main(argv=None):
             flags = " ".join(f"{key}={value}" for key, value in facts["options"].items())
             raise ValueError(f"{args.init}: holds another network: use --model {facts['model']}{' --options ' * bool(flags)}{flags}")
         model.load_state_dict(initial.state_dict())
-    if not saved and (args.pretrained or args.encoder_weights):
+    if args.pretrained or args.encoder_weights:
         unused = load_encoder(model, args.encoder_weights)
         print(f"encoder     from {args.encoder_weights or model.encoder.url}; not used: {', '.join(unused) or 'nothing'}")
     size = count(model, *args.size)
     model = model.to(args.device, memory_format=torch.channels_last)
     criterion = make_loss(args.loss, args.max_depth)
-    make = dict(sgd=lambda p, **k: torch.optim.SGD(p, momentum=args.momentum, **k), adam=torch.optim.Adam)[args.optimizer]
-    optimizer = make(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.01)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
@@ -295,15 +300,14 @@ def main(argv=None):
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         plateau.load_state_dict(saved["plateau"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty but after --amp fp16
+            scaler.load_state_dict(saved["scaler"])
         history, best = saved["history"], saved["best"]
-        rate = saved["rate"] if args.lr == saved["args"]["lr"] else args.lr
+        rate = saved["rate"]
         for group in optimizer.param_groups:  # flags that may have been given anew
             group["weight_decay"] = args.weight_decay
             if args.optimizer == "sgd":
                 group["momentum"] = args.momentum
-    elif args.out and (Path(args.out) / "last.pt").exists():
-        raise ValueError(f"{args.out}: holds a run already: go on with --resume {args.out}, or choose another --out")
 
     network = torch.compile(model) if args.compile else model
     if ranks > 1:  # gradients are averaged over the ranks; batch norm sees a rank's own pictures, and rank 0's statistics are kept
@@ -316,17 +320,18 @@ def main(argv=None):
           f"{args.size[0]}x{args.size[1]} ({args.geometry})")
     print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, "
           f"output 1/{model.output_stride}")
-    print(f"training    epochs {len(history) + 1} to {args.epochs} of {steps} steps of {args.batch_size}; {args.loss}, {args.optimizer}, "
-          f"lr {args.lr:g}, {args.schedule}; seed {args.seed}")
-    plain = copy.copy(train_set)
-    plain.augment = "none"
-    constant = constant_map(plain, args.max_depth)
-    trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
-    print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "
-          "the mean of each pixel, without looking")
+    print(f"training    {args.epochs} epochs of {steps} steps of {args.batch_size}{f', {len(history)} done' * bool(history)}; "
+          f"{args.loss}, {args.optimizer}, lr {rate:g}, {args.schedule}; seed {args.seed}")
+    if master:
+        plain = copy.copy(train_set)
+        plain.augment = "none"
+        constant = constant_map(plain, args.max_depth)
+        trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
+        print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "
+              "the mean of each pixel, without looking")
     if args.dry_run:
         return best
-    out = Path(args.out or (claim_folder(args.model) if master else "."))
+    out = Path(args.out or (claim_folder(args.model) if master else "."))  # the other ranks write nothing
     print(f"results     {out}")
 
     def save(name):
@@ -366,9 +371,10 @@ def main(argv=None):
                 if ranks > 1:
                     distributed.all_reduce(value)  # to the mean of all: every rank sees, and stops at, what is not finite
                 if not math.isfinite(value := value.item()):
-                    files = " ".join(train_set.files[i] for i in index)
-                    print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
-                          file=sys.stderr)
+                    if not math.isfinite(loss.item()):  # the rank whose pictures these are
+                        files = " ".join(train_set.files[i] for i in index)
+                        print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
+                              file=sys.stderr)
                     raise SystemExit(1)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
@@ -401,7 +407,7 @@ def main(argv=None):
             if not master:
                 continue
             if improved:
-                save("best.pt")  # before last.pt: a run killed between the two goes on from last.pt and comes to this best again
+                save("best.pt")  # before last.pt: a run killed between the two goes on from last.pt and (on the CPU) comes to this best again
             save("last.pt")
             print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} {row['d1']:7.4f} {row['d2']:7.4f} "
                   f"{row['d3']:7.4f} {row['seconds']:8.1f}")
@@ -411,7 +417,7 @@ def main(argv=None):
                     writer.add_scalar(name, value, row["epoch"])
                 writer.flush()
     except KeyboardInterrupt:
-        print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {out}")
+        print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {shlex.quote(str(out))}")
         raise
     if ranks > 1:
         distributed.destroy_process_group()

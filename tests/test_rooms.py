@@ -1,5 +1,6 @@
 """Rooms: what the renderer's pictures and depth must agree on, and rooms on disk."""
 import json
+import os
 import zlib
 
 import numpy as np
@@ -181,6 +182,27 @@ def test_rooms_of_another_number_seed_or_version_are_rendered_again(tmp_path, sm
     assert not have_rooms(out, 8, seed=2)
     write_rooms(out, 8, seed=2)
     assert have_rooms(out, 8, seed=2) and [p.name for p in out.parent.iterdir()] == ["rooms"]
+
+
+def test_too_few_rooms_are_refused_and_those_that_are_there_stay(tmp_path, small_rooms):
+    write_rooms(tmp_path / "rooms", 8)
+    with complains("at least 8, got 4"):
+        write_rooms(tmp_path / "rooms", 4)
+    assert have_rooms(tmp_path / "rooms", 8)
+
+
+def test_of_two_processes_that_render_the_same_rooms_the_second_leaves_those_of_the_first(tmp_path, monkeypatch):
+    def quicker(numbers, seed=0, **_):
+        monkeypatch.setattr(data, "render", lambda numbers, seed=0, **_: render(numbers, seed, size=(24, 32)))
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            write_rooms(tmp_path / "rooms", 8)  # while the second renders its first room
+        (tmp_path / "rooms" / "being read").touch()
+        return data.render(numbers, seed)
+
+    monkeypatch.setattr(data, "render", quicker)
+    write_rooms(tmp_path / "rooms", 8)
+    assert (tmp_path / "rooms" / "being read").exists() and [p.name for p in tmp_path.iterdir()] == ["rooms"]
 
 
 def test_more_training_rooms_never_become_validation_rooms(tmp_path, small_rooms):

@@ -65,7 +65,7 @@ def read_log(out):
 
 
 def same(a, b):
-    """Bitwise equality of checkpoints, but for times and paths."""
+    """Bitwise equality of checkpoints, but for times and the number of workers."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -415,6 +415,26 @@ for moment in sys.argv[1].split():
         assert read_log(out) == read_log(finished[0])
 
 
+def test_a_rate_given_on_resume_replaces_the_one_that_plateau_has_lowered_also_where_it_is_the_old_one(flags, tmp_path, monkeypatch, capsys):
+    let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
+    train.main([*flags, "--epochs", "3", "--schedule", "plateau", "--lr", "0.01"])
+    for given, rate in (["0.01"], 0.01), ([], 0.003):
+        capsys.readouterr()
+        train.main(["--resume", str(tmp_path / "run"), "--epochs", str(4 + (not given)), *(["--lr", *given] if given else [])])
+        assert f"lr {rate:g}," in capsys.readouterr().out and read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(rate)
+
+
+def test_fp16_goes_on_bit_for_bit_with_the_scale_of_its_loss_and_may_begin_on_resume(flags, finished, tmp_path):
+    whole = [*flags, *"--amp fp16 --clip 1 --schedule none".split()]
+    train.main([*whole, "--epochs", "3", "--out", str(tmp_path / "whole")])
+    train.main([*whole, "--epochs", "2"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
+    assert same(*(torch.load(tmp_path / out / "last.pt") for out in ("whole", "run")))
+    out = copy_of(finished[0], tmp_path / "begun")
+    train.main(["--resume", str(out), "--epochs", "3", "--amp", "fp16"])
+    assert torch.load(out / "last.pt")["scaler"]["scale"] > 0 and not torch.load(finished[0] / "last.pt")["scaler"]
+
+
 def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
     out = copy_of(finished[0], tmp_path / "run")
     before = contents(out)
@@ -423,21 +443,23 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
 
 
 def test_ctrl_c_keeps_the_last_epoch_and_prints_the_command_that_goes_on(flags, tmp_path):
+    out = tmp_path / "a run"  # which a shell must be told in quotes
+
     def in_the_foreground():  # processes in the background ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags, "--epochs", "300"], text=True,
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags, "--out", str(out), "--epochs", "300"], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=in_the_foreground)
     lines = iter(process.stdout.readline, "")
     assert any(line.split()[:1] == ["1"] for line in lines)  # the first epoch is done
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    said, err = process.communicate()
     assert process.returncode == 130 and err == ""
-    epochs = len(torch.load(tmp_path / "run" / "last.pt")["history"])
-    words = shlex.split(out.rpartition("python train.py ")[2])
+    epochs = len(torch.load(out / "last.pt")["history"])
+    words = shlex.split(said.rpartition("python train.py ")[2])
     train.main([*words, "--epochs", str(epochs + 1)])
-    assert len(read_log(tmp_path / "run")) == epochs + 1
-    assert not list((tmp_path / "run").glob("*partial*"))
+    assert len(read_log(out)) == epochs + 1
+    assert not list(out.glob("*partial*"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
@@ -514,6 +536,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(error, bec
     assert contents(out) == before
 
 
+def test_a_run_that_cannot_write_its_first_checkpoint_does_not_offer_to_resume(flags, tmp_path, monkeypatch, capfd):
+    def full(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = refused(flags, monkeypatch, capfd)
+    assert "No space left on device" in line and line.endswith("make room\n")
+
+
 def test_a_run_never_overwrites_another(rooms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started, once = [*MINIATURE, "--data", str(rooms), "--epochs", "1"], [True]
@@ -550,6 +581,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 meet, distributed.destroy_process_group = distributed.init_process_group, lambda: None
 distributed.init_process_group = lambda *a, **k: distributed.is_initialized() or meet(*a, **k)
 rank, rates, evaluate, calls = int(os.environ["RANK"]), [], train.evaluate, itertools.count()
+if rank == 1:  # which writes nothing
+    train.save_checkpoint = train.write_record = train.sample_sheet = None
 register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
 
 def wait(what):  # rank 0 has still to write when the others are done
@@ -579,7 +612,7 @@ Path(f"{rank}.json").write_text(json.dumps([rates, results]))
     assert process.returncode == 0, process.stderr
     (rates, results), (rates_1, results_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert rates == rates_1 == pytest.approx(4 * [0.01] + 2 * [0.003] + 2 * [0.0009])  # no epoch was better than the first
-    assert same(results, results_1) and results[2] == 1 and process.stderr.count("the loss is nan in epoch 5, step 1") == 2
+    assert same(results, results_1) and results[2] == 1 and process.stderr.count("the loss is nan in epoch 5, step 1") == 1
     assert process.stdout.count("2 processes") == 3 and process.stdout.count("best epoch") == 2  # one speaks
     assert not list((tmp_path / "run").glob("*.partial"))
 
@@ -627,8 +660,9 @@ def test_help_says_the_default_of_every_flag_that_has_one():
     ("--batch-size 0", "--batch-size"),
     ("--batch-size 11", "11"),
     ("--clip -1", "--clip"),
-    ("--warmup -1 --schedule none", "--warmup"),
-    ("--workers -1", "workers"),
+    ("--warmup -1 --schedule none", "--warmup: must be 0 or above 0, got -1"),
+    ("--warmup nan", "--warmup"),
+    ("--workers -1", "--workers: must be 0 or above 0, got -1"),
     ("--size 100 100", "100"),
     ("--size 0 64", "--size"),
     ("--model fastdeep", "fastdeep"),
@@ -639,6 +673,7 @@ def test_help_says_the_default_of_every_flag_that_has_one():
     ("--device tpu9", "tpu9"),
     ("--data NOWHERE", "NOWHERE"),
     ("--init NOWHERE.pt", "NOWHERE.pt"),
+    ("--init NOWHERE.pt --pretrained", "--pretrained"),
     ("--max-depth 0.001", "--max-depth"),  # nothing is valid
 ])
 def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, tmp_path, monkeypatch, capfd):
@@ -685,6 +720,7 @@ def test_resume_refuses_a_folder_without_a_run_and_a_checkpoint_cut_off(finished
     assert str(out) in refused(["--resume", str(out)], monkeypatch, capfd)
     (out / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:100_000])
     assert str(out / "last.pt") in refused(["--resume", str(out)], monkeypatch, capfd)
+    assert "best.pt" in refused(["--resume", str(finished[0] / "best.pt")], monkeypatch, capfd)  # would go on from last.pt
 
 
 @pytest.mark.parametrize("workers", [0, 2])
