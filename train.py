@@ -108,6 +108,8 @@ def parse(argv):
         for flag in ("preset", "out", "init", "pretrained", "encoder_weights"):
             if getattr(args, flag):
                 parser.error(f"--{flag.replace('_', '-')} is for a new run, not for --resume")
+        if Path(args.resume).is_file():
+            parser.error(f"--resume takes the folder of a run, and goes on from its last.pt; got {args.resume}")
         file = Path(args.resume) / "last.pt"
         saved = load_checkpoint(file)
         saved["rate"] = args.lr or saved["rate"]  # a rate given now replaces also what plateau has made of the old one
@@ -429,7 +431,7 @@ def main(argv=None):
         writer.add_image("samples", np.asarray(Image.open(out / "samples.png")), len(history), dataformats="HWC")
         writer.close()
     print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
-    print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {out}/best.pt --data {args.data}")
+    print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {shlex.quote(f'{out}/best.pt')} --data {shlex.quote(args.data)}")
     return best
 
 

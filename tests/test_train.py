@@ -720,7 +720,7 @@ def test_resume_refuses_a_folder_without_a_run_and_a_checkpoint_cut_off(finished
     assert str(out) in refused(["--resume", str(out)], monkeypatch, capfd)
     (out / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:100_000])
     assert str(out / "last.pt") in refused(["--resume", str(out)], monkeypatch, capfd)
-    assert "best.pt" in refused(["--resume", str(finished[0] / "best.pt")], monkeypatch, capfd)  # would go on from last.pt
+    assert "takes the folder of a run" in refused(["--resume", str(finished[0] / "best.pt")], monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
