@@ -670,7 +670,7 @@ def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize("arguments, complaint", [
     ([], "--rooms"),
     (["here", "--rooms", "8"], "--rooms"),
-    (["--rooms", "7"], "7"),
+    (["--rooms", "7", "--out", "new"], "7"),
     (["--rooms", "many"], "many"),
     (["--rooms", "8", "--device", "abacus"], "abacus"),
 ])
