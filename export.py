@@ -209,17 +209,19 @@ def main(argv=None):
     image = real_input(args, size, facts["geometry"])
     out.parent.mkdir(parents=True, exist_ok=True)
     tried = out.with_suffix(".partial.onnx")  # a file that is wrong never takes the place of one that was right
-    export_onnx(model, tried, size, facts, args.dynamic)
-    predict, _ = load_predictor(tried)
-    with torch.no_grad():
-        expected = model(image)
-        difference = max((predict(image) - expected).abs().max().item(), (predict(image[:1]) - expected[:1]).abs().max().item())
-    print(f"largest difference to PyTorch over {len(image)} pictures: {difference:.2g} m")
-    if not difference <= TOLERANCE:
-        tried.unlink()
-        print(f"that is more than {TOLERANCE:g} m: nothing was written to {out}")
-        raise SystemExit(1)
-    os.replace(tried, out)
+    try:
+        export_onnx(model, tried, size, facts, args.dynamic)
+        predict, _ = load_predictor(tried)
+        with torch.no_grad():
+            expected = model(image)
+            difference = max((predict(image) - expected).abs().max().item(), (predict(image[:1]) - expected[:1]).abs().max().item())
+        print(f"largest difference to PyTorch over {len(image)} pictures: {difference:.2g} m")
+        if not difference <= TOLERANCE:
+            print(f"that is more than {TOLERANCE:g} m: nothing was written to {out}")
+            raise SystemExit(1)
+        os.replace(tried, out)
+    finally:
+        tried.unlink(missing_ok=True)
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, image (B, 3, {'H, W' if args.dynamic else f'{size[0]}, {size[1]}'}) -> depth in metres")
 
     files = {"ONNX Runtime": out}

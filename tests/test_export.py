@@ -193,6 +193,18 @@ def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, 
     assert [file.name for file in tmp_path.iterdir()] == ["best.onnx"]
 
 
+def test_an_export_that_is_interrupted_while_it_compares_leaves_nothing(checkpoint, exported, tmp_path, monkeypatch):
+    def interrupted(file):
+        assert file.is_file()
+        raise KeyboardInterrupt
+
+    convert_at_once(monkeypatch, exported)
+    monkeypatch.setattr(export, "load_predictor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_comparison_is_on_real_pictures(checkpoint, exported, tmp_path, monkeypatch):
     convert_at_once(monkeypatch, exported)
     photo, seen = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8), []

@@ -277,6 +277,11 @@ def test_a_preset_sets_the_flags_that_are_not_given(preset):
     assert getattr(train.parse(["--preset", preset, f"--{name}", str(getattr(plain, name))])[0], name) == getattr(plain, name)
 
 
+def test_the_papers_preset_zooms_and_the_best_does_not():
+    zooms = [data.DepthDataset("", [], None, "", train.PRESETS[preset]["augment"], 0, 1).draw(0)[0]["zoom"] for preset in ("paper", "best")]
+    assert zooms[0] > 1 and zooms[1] == 1
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The learning rate and the gradient
 # ------------------------------------------------------------------------------------------------------------------
