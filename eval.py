@@ -1,427 +1,547 @@
 """Evaluation and prediction, with a checkpoint (.pt) or an exported network (.onnx).
 
-    python eval.py runs/fastdepth-1/best.pt --data data/rooms --split val          # metrics and a sheet of pictures
+    python eval.py runs/fastdepth-1/best.pt --data rooms:768          # metrics, and a sheet of samples
     python eval.py best.pt --data nyu --split test --protocol eigen --json nyu.json
-    python eval.py best.pt --images photos/*.jpg --out depth                       # depth of your own pictures
+    python eval.py best.pt --images photos --out depth                # depth of your own photos
 
-Metrics are computed per image and then averaged over images. What is compared, and where, is a protocol:
+Metrics are computed per image, then averaged over images. What is compared, and where, is a protocol:
 
-    own          what the network was trained and validated on: its size, geometry and range
-    fastdepth    224x224 view of the FastDepth papers (crop, nearest), every measured pixel
-    eigen        480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to that
-    densedepth   480x640 frames, rows 20:460, columns 24:616, clamped to 0.1 to 10 m, all pixels pooled, mirrored average
+    own         what the network was trained and validated on: its size, geometry and range
+    fastdepth   the 224x224 view of the FastDepth papers (crop, nearest), every measured pixel
+    eigen       480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to that
+    densedepth  480x640 frames, rows 20:460, columns 24:616, prediction clamped to 0.1 to 10 m, all pixels
+                pooled, averaged with the prediction of the horizontal flip
+    garg        KITTI: rows 41 % to 99 %, columns 4 % to 96 %, 1 mm to 80 m, prediction clamped to that
 """
 import argparse
-import copy
-import csv
 import glob
 import json
 import math
+import signal
+import sys
 import time
 import warnings
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from PIL import Image
 
-from data import (FASTDEPTH_VIEW, FOCAL, GEOMETRIES, PICTURES, Parser, above_0, batches, check_device, colourise, multiple_of_32,
-                  open_dataset, progress, read_image, run_script, sampling_grid, tile, to_picture, valid_mask)
-from model import load_model
+import data
+from data import FOCAL, UserError, depth_factor, shrink, valid_mask, view, whole_file, whole_image_size
+from model import ModelError, fold_batch_norm, load_model
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 METRICS = ("rmse", "mae", "absrel", "sqrel", "rmse_log", "log10", "silog", "d1", "d2", "d3", "irmse")
-
-
-def moments(pred, target, mask):
-    """(B, 1, H, W) metres -> dict of (B,) per-image means over the mask, from which every metric follows.
-
-    Logarithms and inverses take max(pred, 1 mm), so that a network may answer 0. NaN where an image has no valid pixel.
-    """
-    pred, target = pred.double(), torch.where(mask, target, 1).double()
-    safe, count = pred.clamp(min=1e-3), mask.sum((1, 2, 3))
-    error, log_error = pred - target, safe.log() - target.log()
-    ratio = torch.maximum(safe / target, target / safe)
-    values = dict(squared=error**2, mae=error.abs(), absrel=error.abs() / target, sqrel=error**2 / target,
-                  log=log_error, log_squared=log_error**2, log10=log_error.abs() / math.log(10),
-                  inverse_squared=(1 / safe - 1 / target)**2, d1=ratio < 1.25, d2=ratio < 1.25**2, d3=ratio < 1.25**3)
-    return {name: torch.where(mask, v, 0).double().sum((1, 2, 3)) / count for name, v in values.items()} | {"count": count}
-
-
-def from_moments(m):
-    """Means of moments() -> the metrics: rmse, mae in m; irmse in 1/m; silog 100 x the standard deviation of the log error."""
-    values = dict(m, rmse=m["squared"].sqrt(), rmse_log=m["log_squared"].sqrt(), irmse=m["inverse_squared"].sqrt(),
-                  silog=100 * (m["log_squared"] - m["log"]**2).clamp(min=0).sqrt())
-    return {name: values[name] for name in METRICS}
+LIMITS = (1, 2, 3, 5, 10, 20, 40)  # metres, between the ranges of the table by distance
 
 
 def depth_metrics(pred, target, mask):
-    """(B, 1, H, W) prediction, truth in metres and bool mask -> dict of (B,) tensors, NaN where nothing is valid.
+    """(B, 1, H, W) prediction, ground truth (metres) and bool mask -> dict of (B,); NaN if nothing is valid.
 
-    rmse, mae (m), irmse (1/m); absrel, sqrel (relative to the truth); rmse_log, log10; silog (KITTI's, x 100);
-    d1, d2, d3: the share of pixels with max(pred/target, target/pred) below 1.25, 1.25^2, 1.25^3.
+    rmse, mae        m
+    absrel, sqrel    |error| and error^2, relative to the ground truth
+    rmse_log, log10  of the difference of logarithms: natural and squared, decimal and absolute
+    silog            KITTI's: 100 x the standard deviation of the log error. (The loss silog is Eigen's.)
+    d1, d2, d3       share of pixels with max(pred / target, target / pred) below 1.25, 1.25^2, 1.25^3
+    irmse            1/m: the RMSE of inverse depth
     """
-    return from_moments(moments(pred, target, mask))
+    return metrics_of({name: e.sum(1) for name, e in per_image_errors(pred, target, mask).items()})
 
 
-EDGES = torch.tensor([0.0, 1, 2, 3, 5, 10, 20, 40])  # of the table by depth, metres; the last range is open
+def per_image_errors(pred, target, mask):
+    """As depth_metrics, but the sums over pixels from which metrics follow, for each image and each range of
+    the ground truth between LIMITS: dict of (B, ranges).
+
+    Logarithms and inverses take max(pred, 1 mm), so that a network may predict 0.
+    """
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    batch, ranges = len(mask), len(LIMITS) + 1
+    image = torch.arange(batch, device=mask.device).view(-1, 1, 1, 1).expand_as(mask)[mask]
+    pred, target = pred[mask].to(dtype), target[mask].to(dtype)
+    safe = pred.clamp(min=1e-3)
+    error = pred - target
+    log_error = safe.log() - target.log()
+    ratio = torch.maximum(safe / target, target / safe)
+    errors = dict(
+        count=torch.ones_like(error), mae=error.abs(), squared=error**2,
+        absrel=error.abs() / target, sqrel=error**2 / target,
+        log=log_error, log_squared=log_error**2, log10=log_error.abs() / math.log(10),
+        d1=ratio < 1.25, d2=ratio < 1.25**2, d3=ratio < 1.25**3,
+        inverse_squared=(1 / safe - 1 / target)**2)
+    limits = torch.tensor(LIMITS, dtype=dtype, device=mask.device)
+    cell = image * ranges + torch.bucketize(target, limits)  # a limit belongs to the nearer range
+    return {name: torch.bincount(cell, e.to(dtype), batch * ranges).view(batch, ranges)
+            for name, e in errors.items()}
 
 
-def range_sums(pred, target, mask):
-    """As moments(), for the true depth's ranges -> (4, ranges): pixels, squared error, relative error, d1, summed over all of mask."""
-    pred, target = pred[mask].double(), target[mask].double()
-    near = torch.bucketize(target, EDGES[1:].double())  # an edge belongs to the nearer range
-    error, safe = pred - target, pred.clamp(min=1e-3)
-    hit = torch.maximum(safe / target, target / safe) < 1.25
-    return torch.stack([torch.bincount(near, weight, len(EDGES)) for weight in (torch.ones_like(error), error**2, error.abs() / target, hit.double())])
+def metrics_of(errors):
+    """Sums of per_image_errors, of any shape -> metrics of that shape."""
+    mean = {name: e / errors["count"] for name, e in errors.items()}
+    mean["rmse"] = mean["squared"].sqrt()
+    mean["rmse_log"] = mean["log_squared"].sqrt()
+    mean["silog"] = 100 * (mean["log_squared"] - mean["log"]**2).clamp(min=0).sqrt()
+    mean["irmse"] = mean["inverse_squared"].sqrt()
+    return {name: mean[name] for name in METRICS}
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Protocols
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
+# A protocol fixes the grid of the ground truth (if it says none, the frame's own), and which of its pixels
+# count. The network sees the same view at the scale of its own training.
 PROTOCOLS = {
-    #             frame          rows        columns    clamp          max_depth   pooled, flip
-    "own":        dict(native=False, rows=(0, None), cols=(0, None), clamp=None, max_depth=None, pooled=False, flip=False),
-    "fastdepth":  dict(native=False, rows=(0, None), cols=(0, None), clamp=None, max_depth=math.inf, pooled=False, flip=False),
-    "eigen":      dict(native=True, rows=(45, 471), cols=(41, 601), clamp=(1e-3, 10.0), max_depth=10.0, pooled=False, flip=False),
-    "densedepth": dict(native=True, rows=(20, 460), cols=(24, 616), clamp=(0.1, 10.0), max_depth=10.0, pooled=True, flip=True),
+    "own": dict(),  # all as the network's config has it
+    "fastdepth": dict(grid=((224, 224), "fastdepth"), max_depth=math.inf),
+    "eigen": dict(frame=(480, 640), rows=(45, 471), cols=(41, 601), clamp=(1e-3, 10.0), max_depth=10.0),
+    "densedepth": dict(frame=(480, 640), rows=(20, 460), cols=(24, 616), clamp=(0.1, 10.0), max_depth=10.0,
+                       pooled=True, flip=True),
+    "garg": dict(rows=(0.40810811, 0.99189189), cols=(0.03594771, 0.96405229), clamp=(1e-3, 80.0),
+                 max_depth=80.0),
 }
 
 
+def cut(depth, rows, cols):
+    """The part of (B, 1, H, W) between limits in pixels, or as fractions of H and W, truncated."""
+    height, width = depth.shape[-2:]
+    top, bottom = (int(n * height) if isinstance(n, float) else n for n in rows)
+    left, right = (int(n * width) if isinstance(n, float) else n for n in cols)
+    return depth[..., top:bottom, left:right]
+
+
 def flip_average(predict):
-    """A prediction that is the mean of the picture's and of its mirror image's, mirrored back."""
+    """A prediction that is the mean of the image's and of its horizontal flip's, flipped back."""
     return lambda image: (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
 
 
-@torch.no_grad()
-def evaluate(predict, loader, max_depth=math.inf, rows=(0, None), cols=(0, None), clamp=None, pooled=False, what=None):
-    """Metrics of predict: (B, 3, H, W) -> metres, over a loader of (image, depth, index). Returns means over images as a
-    dict, with `images` (counted) and `skipped` (no valid pixel), and a second dict with what they hide: `images`, the
-    metrics of each as (N,) tensors, NaN where skipped, and `ranges`, a dict for each range of the true depth that occurs.
+def at_training_scale(predict, config, size=None, geometry="full"):
+    """A prediction for frames (B, 3, H, W) of any size -> metres of what `geometry` shows of them at `size`.
 
-    The prediction is enlarged bilinearly to the truth's size. rows, cols: the part that counts; pooled: means over all
-    pixels instead; what: a label for the progress line.
+    size None: where things look as large as in training, if the camera is the usual one (FOCAL).
     """
-    found, ranges, start, done = [], 0, time.time(), 0
-    for image, depth, _ in batches(loader):
-        pred = F.interpolate(predict(image).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)
-        pred = pred if clamp is None else pred.clamp(*clamp)
-        part = (..., slice(*rows), slice(*cols))
-        pred, depth = pred[part], depth[part]
-        mask = valid_mask(depth, max_depth)
-        found.append(moments(pred, depth, mask))
-        ranges = ranges + range_sums(pred, depth, mask)
-        done += len(image)
-        if what:
-            progress(what, done, len(loader.dataset), start)
-    images = {name: torch.cat([m[name] for m in found]) for name in found[0]}
-    counted = images["count"] > 0
-    if not counted.any():
-        raise ValueError("no image has a valid pixel: check --max-depth and --depth-scale")
-    kept = {name: value[counted] for name, value in images.items()}
-    weight = kept["count"] / kept["count"].sum()
-    result = from_moments({name: (value * weight).sum() for name, value in kept.items()}) if pooled else \
-        {name: value.mean() for name, value in from_moments(kept).items()}
-    limits, share = EDGES.tolist() + [math.inf], (ranges[0] / ranges[0].sum()).tolist()
-    _, squared, absrel, d1 = ranges / ranges[0]
-    ranges = [{"from": limits[i], "to": limits[i + 1], "share": share[i], "rmse": squared[i].sqrt().item(), "absrel": absrel[i].item(),
-               "d1": d1[i].item()} for i in range(len(EDGES)) if share[i] > 0]
-    return ({name: value.item() for name, value in result.items()} | dict(images=len(weight), skipped=int((~counted).sum())),
-            dict(images=from_moments(images), ranges=ranges))
+    def predict_frames(image):
+        frame = tuple(image.shape[-2:])
+        focal = FOCAL * max(frame)
+        shown = size or whole_image_size(frame, focal, config)
+        return predict(view(image, shown, geometry)) * depth_factor(focal, frame, shown, geometry, config)
+    return predict_frames
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Networks from files, and the size at which they see a picture
-# ------------------------------------------------------------------------------------------------------------------
+def compare(predict, image, depth, grid=None):
+    """Prediction and ground truth of a batch, on the CPU, on the grid (size, geometry) or that of `depth`."""
+    pred = predict(image).float().cpu()
+    if grid:
+        depth = view(depth, *grid)
+    return F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False), depth
+
+
+def check_finite(depth, name):
+    """UserError if a network's depth is not all numbers."""
+    if not depth.isfinite().all():
+        raise UserError(f"{name or 'the network'}: predicts NaN or infinity: its weights are damaged")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def fold_batch_norm(model):
-    """A copy in eval mode, its weights channels last, without batch norm: scale and offset are in the convolution before it."""
-    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    for block in model.modules():
-        if isinstance(block, nn.Sequential) and isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
-            block.conv = fuse_conv_bn_eval(block.conv, block.bn, transpose=isinstance(block.conv, nn.ConvTranspose2d))
-            block.bn = nn.Identity()
-    return model
+def evaluate(predict, loader, max_depth=math.inf, grid=None, frame=None, rows=(0, None), cols=(0, None),
+             clamp=None, pooled=False, name=None):
+    """Metrics of predict: (B, 3, H, W) on the CPU -> metres, over a loader of (image, depth, index).
+
+    Returns a dict of their means over images, with `images` (counted) and `skipped` (no valid pixel), and a
+    dict of what the means hide: `images`, the metrics of each image as (N,) tensors, NaN where skipped, and
+    `ranges`, a dict for each range of distance that occurs, over all its pixels.
+
+    grid, frame, rows, cols, clamp, pooled: see PROTOCOLS.  name: of the network, for progress and errors.
+    UserError if a frame is not of size `frame`, a prediction not finite, or no pixel valid.
+    """
+    found, done, start = [], 0, time.time()
+    for image, depth, index in loader:
+        if frame and tuple(depth.shape[-2:]) != frame:
+            raise UserError(f"{loader.dataset.files[index[0]]}: is {by(depth.shape[-2:])}, and this protocol "
+                            f"is defined for {by(frame)} frames: use --protocol own")
+        pred, depth = compare(predict, image, depth, grid)
+        check_finite(pred, name)
+        if clamp:
+            pred = pred.clamp(*clamp)
+        pred, depth = cut(pred, rows, cols), cut(depth, rows, cols)
+        found.append(per_image_errors(pred, depth, valid_mask(depth, max_depth)))
+        done += len(image)
+        if name:
+            data.progress(name, done, len(loader.dataset), start)
+
+    errors = {key: torch.cat([batch[key] for batch in found]) for key in found[0]}  # (N, ranges)
+    images = metrics_of({key: e.sum(1) for key, e in errors.items()})
+    counted = errors["count"].sum(1) > 0
+    if not counted.any():
+        raise UserError(f"no image has a valid pixel within {max_depth:g} m: check --depth-scale")
+    if pooled:
+        result = metrics_of({key: e.sum() for key, e in errors.items()})
+    else:
+        result = {key: values[counted].mean() for key, values in images.items()}
+    result = {key: value.item() for key, value in result.items()}
+    result |= dict(images=int(counted.sum()), skipped=int((~counted).sum()))
+    return result, dict(images=images, ranges=by_distance({key: e.sum(0) for key, e in errors.items()}))
+
+
+def by_distance(errors):
+    """Sums (ranges,) -> for each range that occurs a dict of its limits, its share of pixels, its metrics."""
+    metrics = metrics_of(errors)
+    share = errors["count"] / errors["count"].sum()
+    limits = [0, *LIMITS, None]
+    return [{"from": limits[i], "to": limits[i + 1], "share": share[i].item()}  # the last range is open
+            | {key: values[i].item() for key, values in metrics.items()}
+            for i in range(len(share)) if share[i]]
+
+
+def mean_depth_baseline(dataset, max_depth):
+    """The mean depth of each pixel over at most 512 training frames, (1, 1, h, w): the prediction of least
+    squared error that does not look at the image."""
+    total = seen = 0
+    for i in torch.linspace(0, len(dataset) - 1, min(512, len(dataset))).long().tolist():
+        depth = dataset[i][1]
+        mask = valid_mask(depth, max_depth)
+        total = total + torch.where(mask, depth, 0)
+        seen = seen + mask.long()
+    overall = total.sum() / seen.sum().clamp(min=1)
+    return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
+
+
+@torch.no_grad()
+def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
+    """Write n evenly chosen samples as one PNG: image | ground truth | prediction | error.
+
+    Ground truth and prediction share one range of colours; the error is dark at 0 and bright at 1 m and more.
+    """
+    rows = []
+    for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
+        image, depth, _ = dataset[i]
+        pred, depth = (metres[0, 0] for metres in compare(predict, image[None], depth[None], grid))
+        if grid:
+            image = view(image, *grid)
+        mask = valid_mask(depth, max_depth)
+        measured = depth[mask] if mask.any() else torch.ones(1)
+        near, far = measured.min().item(), measured.max().item()
+        error = torch.where(mask, (pred - depth).abs().clamp(1e-6, 1), 0)  # 0 would be grey: not measured
+        rows.append([data.to_uint8(image), data.colourise(depth * mask, near, far),
+                     data.colourise(pred.clamp(min=1e-3), near, far), data.colourise(error, 1, 0)])
+    with whole_file(file) as f:
+        data.tile(rows, ("image", "ground truth", "prediction", "error, 0 (dark) to 1 m")).save(f, "PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks from files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_predictor(file, device="cpu", threads=0):
-    """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its facts: model, size,
-    geometry, max_depth, fixed (whether an .onnx file takes one size only) and runs_on. threads: of onnxruntime, 0: all
-    cores. ValueError names the file."""
-    if Path(file).suffix != ".onnx":
-        model, facts = load_model(file, device)
-        folded = fold_batch_norm(model)
-        return lambda image: folded(image.to(device, memory_format=torch.channels_last)), facts | dict(fixed=False, runs_on=str(device))
+    """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its config.
+
+    config is load_model's, and `fixed`, the only size (H, W) that a static .onnx file takes, else None, and
+    `runs_on`, for people.  threads: of ONNX Runtime; 0 is all cores.  UserError or ModelError names the file.
+    """
+    if Path(file).suffix == ".onnx":
+        return load_onnx(file, device, threads)
+    network, config = load_model(file, device)
+    network = fold_batch_norm(network)
+
+    @torch.no_grad()
+    def predict(image):
+        return network(image.to(device, memory_format=torch.channels_last))
+    return predict, config | dict(fixed=None, runs_on=device)
+
+
+def load_onnx(file, device, threads):
+    """load_predictor for a file of export.py."""
+    import onnxruntime
     if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValueError(f"{file}: running an .onnx file needs onnxruntime: pip install onnxruntime") from None
-    kind = device.split(":")[0].upper()  # CUDAExecutionProvider needs onnxruntime-gpu; without it, the CPU
-    providers = [p for p in onnxruntime.get_available_providers() if p in (f"{kind}ExecutionProvider", "CPUExecutionProvider")]
+        raise UserError(f"{file}: no such file")
+    wanted = "CPUExecutionProvider", f"{device.split(':')[0].upper()}ExecutionProvider"
+    providers = [name for name in onnxruntime.get_available_providers() if name in wanted]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-        facts = json.loads(session.get_modelmeta().custom_metadata_map["fastdepth"])
-    except KeyError:
-        raise ValueError(f"{file}: was not written by export.py: its size and unit are not known") from None
     except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise ValueError(f"{file}: onnxruntime cannot read it ({str(error).splitlines()[0]}): export it again") from None
-    facts["runs_on"] = "onnxruntime's " + session.get_providers()[0]
-    return lambda image: torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0]), facts
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: ONNX Runtime cannot read it ({reason}): export it again") from None
+    config = json.loads(session.get_modelmeta().custom_metadata_map.get("fastdepth", "{}"))
+    if "frame" not in config:
+        raise UserError(f"{file}: was not written by this edition's export.py: export it again")
+    for key in ("size", "frame", "fixed"):
+        config[key] = config[key] and tuple(config[key])  # JSON has lists
+
+    def predict(image):
+        size = tuple(image.shape[-2:])
+        if config["fixed"] not in (None, size):
+            raise UserError(f"{file}: takes {by(config['fixed'])} only, and is shown {by(size)} here: "
+                            f"export it with --size {size[0]} {size[1]}")
+        return torch.from_numpy(session.run(["depth"], {"image": image.cpu().numpy()})[0])
+    return predict, config | dict(runs_on=session.get_providers()[0])
 
 
-def frame_size(facts):
-    """The legal size at which a whole 480x640 frame has the scale of training: 224x224 of FastDepth's crop -> 256x256."""
-    if facts["fixed"] or facts["geometry"] == "full":
-        return tuple(facts["size"])
-    return tuple(round(n * grid / crop / 32) * 32 for n, grid, crop in zip(facts["size"], *FASTDEPTH_VIEW))
+def default_geometry(config):
+    """How a network sees one's own images: whole; a static .onnx file of training's size, as in training."""
+    return config["geometry"] if config["fixed"] == config["size"] else "full"
 
 
-def whole_picture_size(height, width, frame):
-    """The multiple of 32 at which a whole picture of any shape is shown to a network, so that things have the size of
-    training: frame is that of a 480x640 frame, and cameras are taken to have its angle along the longer side."""
-    scale = 640 / max(height, width)
-    return tuple(max(32, round(n * scale * to / of / 32) * 32) for n, to, of in zip((height, width), frame, (480, 640)))
+def by(size):
+    """(480, 640) -> "480x640": height first, everywhere."""
+    return f"{size[0]}x{size[1]}"
 
 
-def shown(size, geometry):
-    """The view of a batch of images that `geometry` (data.sampling_grid) gives at `size`."""
-    def view(image):
-        """(B, C, H, W) -> (B, C, *size)."""
-        rows, cols, _ = sampling_grid(*image.shape[-2:], size, geometry)
-        return image[..., rows, cols]
-    return view
+# ------------------------------------------------------------------------------------------------------------
+# Depth of one's own images
+# ------------------------------------------------------------------------------------------------------------
+
+LONGEST = 1280  # pixels of what is written: no network here sees more, and 12 megapixels would be 48 MB
+UNREAD = (".heic", ".heif", ".avif")  # of phones; Pillow does not read them
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def picture_row(image, truth, pred, max_depth):
-    """RGB, truth, prediction and error of one sample, (C, H, W) tensors -> four (H, W, 3) uint8 pictures.
-
-    Truth and prediction share one range; the error is dark at 0 and bright at 1 m and more.
-    """
-    truth, pred = truth[0].cpu(), pred[0].float().cpu()
-    mask = valid_mask(truth, max_depth)
-    near, far = (truth[mask].min().item(), truth[mask].max().item()) if mask.any() else (0, 1)
-    error = torch.where(mask, (pred - truth).abs().clamp(1e-6, 1), 0)
-    return [to_picture(image), colourise(truth * mask, near, far), colourise(pred.clamp(min=1e-3), near, far), colourise(error, 1, 0)]
-
-
-@torch.no_grad()
-def sample_sheet(predict, dataset, file, max_depth, n=6, notes=None):
-    """Write n evenly chosen samples, or those of notes (index -> text below the picture), as RGB | truth | prediction | error."""
-    rows = []
-    for i in notes or torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
-        image, depth, _ = dataset[i]
-        pred = F.interpolate(predict(image[None]).float().cpu(), depth.shape[-2:], mode="bilinear", align_corners=False)[0]
-        rows.append(picture_row(image, depth, pred, max_depth))
-        if notes:
-            picture = Image.fromarray(rows[-1][0])
-            ImageDraw.Draw(picture).text((4, picture.height - 4), notes[i], fill="white", anchor="ld", stroke_width=2, stroke_fill="black")
-            rows[-1][0] = np.array(picture)
-    tile(rows, ("RGB", "truth", "prediction", "error, 0 (dark) to 1 m")).save(file)
-
-
-def with_scale_bar(depth):
-    """(H, W) metres -> colour picture with a bar that says which colour is how far, in metres."""
-    near, far = np.quantile(depth, (0.01, 0.99))
-    far = max(far, near + 0.1)
-    height, width = depth.shape
-    bar = np.linspace(near, far, max(height, 64))[:, None].repeat(max(12, height // 24), 1)
-    font = max(10, height // 28)
-    sheet = Image.new("RGB", (width + bar.shape[1] + 5 * font, len(bar)), "white")
-    sheet.paste(Image.fromarray(colourise(depth, near, far)))
-    sheet.paste(Image.fromarray(colourise(bar, near, far)), (width + font, 0))
-    for k in range(5):
-        value = near + (far - near) * k / 4
-        y = round((len(bar) - 1.3 * font) * k / 4)
-        ImageDraw.Draw(sheet).text((width + bar.shape[1] + int(1.3 * font), y), f"{value:.1f} m", fill="black", font_size=font)
-    return sheet
-
-
-def write_ply(file, depth, image, focal):
-    """A coloured point cloud: x right, y down, z forward, in metres, of (H, W) depth and (H, W, 3) uint8; focal in pixels."""
-    height, width = depth.shape
-    v, u = np.mgrid[:height, :width].astype(np.float32) + 0.5
-    points = np.zeros(height * width, dtype=[("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    points["xyz"] = np.stack([(u - width / 2) / focal * depth, (v - height / 2) / focal * depth, depth], -1).reshape(-1, 3)
-    points["rgb"] = image.reshape(-1, 3)
-    points = points[depth.ravel() > 0]
-    fields = "".join(f"property float {c}\n" for c in "xyz") + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue"))
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{fields}end_header\n"
-    Path(file).write_bytes(header.encode() + points.tobytes())
-
-
-def find_pictures(paths):
-    """Files, folders and globs -> picture files, sorted. ValueError names what matches nothing."""
-    found = []
+def find_images(paths):
+    """Files, folders and globs -> image files, without hidden ones. UserError names what holds no image."""
+    files = []
     for path in paths:
-        here = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in PICTURES) if Path(path).is_dir() else \
-            sorted(map(Path, glob.glob(path))) or [Path(path)]
-        if not here or not here[0].exists():
-            raise ValueError(f"{path}: no picture there ({', '.join(PICTURES)})")
-        found += here
-    return found
+        if Path(path).is_file():
+            files.append(Path(path))
+            continue
+        found = sorted(Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path)))
+        found = [f for f in found if f.suffix.lower() in data.IMAGE_SUFFIXES + UNREAD and f.name[0] != "."]
+        if not found:
+            raise UserError(f"{path}: no image there ({', '.join(data.IMAGE_SUFFIXES)})")
+        files += found
+    images = [f for f in files if f.suffix.lower() not in UNREAD]
+    if len(images) < len(files):
+        data.note(f"{len(files) - len(images)} HEIC or AVIF files are not read: convert them to JPEG")
+    if not images:
+        raise UserError(f"{files[0]}: HEIC and AVIF are not read: convert it to JPEG")
+    return images
 
 
-LONGEST = 4096  # pixels; depth of a larger picture is written at a half, a third, ... of its size
-
-
-def visible_part(height, width, geometry):
-    """Rows and columns of a picture that a geometry shows: all of them, or FastDepth's crop."""
-    if geometry == "full":
-        return slice(0, height), slice(0, width)
-    rows, cols, _ = sampling_grid(height, width, FASTDEPTH_VIEW[1], geometry)
-    return slice(rows.min(), rows.max() + 1), slice(cols.min(), cols.max() + 1)
-
-
-@torch.no_grad()
-def predict_pictures(predict, facts, files, out, size=None, geometry="full", focal=None, ply=False):
-    """Write for each picture, at its size, NAME.png (16-bit millimetres, at most 65.534 m; 0 where the network answers 0 or less),
-    NAME.npy (float32 metres), NAME_colour.png and NAME_sheet.png (the picture beside its depth), and NAME.ply if asked.
-
-    geometry full: all of the picture, at the scale of training; fastdepth: the published crop of it, and depth of that alone.
-    """
+def check_targets(files, out, suffixes):
+    """UserError if a result would overwrite an image, or another result."""
     taken = {file.resolve() for file in files}
     for file in files:
-        for suffix in (".png", ".npy", "_colour.png", "_sheet.png") + (".ply",) * ply:
+        for suffix in suffixes:
             target = (out / (file.stem + suffix)).resolve()
             if target in taken:
-                raise ValueError(f"{file}: its result {target.name} would overwrite another file: choose another --out or name")
+                raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out")
             taken.add(target)
-    out.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL warns above 90 megapixels, and refuses above 180
+
+
+def predict_images(predict, config, files, out, size=None, geometry="full", focal=None, ply=False,
+                   name=None):
+    """Write the depth of image files into the folder `out` (see write_depth).
+
+    size: at which the network sees them (None: where things are as large as in training).  geometry: full, or
+    fastdepth for depth of the crop that training shows.  focal: the camera's, in pixels of the image (None:
+    FOCAL x the longer side).  name: of the network, for errors.
+    An image that cannot be read is named and passed over; UserError at the end counts them.
+    """
+    check_targets(files, out, (".png", ".npy", "_depth.png", ".ply"))
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from 90 megapixels on
+    failed = 0
     for file in files:
-        picture = read_image(file)
-        height, width = picture.shape[:2]
-        if (step := -(-max(height, width) // LONGEST)) > 1:
-            picture = picture[::step, ::step].copy()
-        at = size or (facts["size"] if facts["fixed"] or geometry != "full" else whole_picture_size(height, width, frame_size(facts)))
-        image = shown(at, geometry)(torch.from_numpy(picture).permute(2, 0, 1)[None]).float() / 255
-        picture = picture[visible_part(*picture.shape[:2], geometry)]
-        depth = F.interpolate(predict(image).float().cpu(), picture.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
-        Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(out / f"{file.stem}.png")
-        np.save(out / f"{file.stem}.npy", depth)
-        colour = with_scale_bar(depth)
-        colour.save(out / f"{file.stem}_colour.png")
-        sheet = Image.new("RGB", (picture.shape[1] + 4 + colour.width, colour.height), "white")
-        sheet.paste(Image.fromarray(picture))
-        sheet.paste(colour, (picture.shape[1] + 4, 0))
-        sheet.save(out / f"{file.stem}_sheet.png")
-        part = f", written at {depth.shape[1]}x{depth.shape[0]}" * (depth.shape != (height, width)) + ": FastDepth's crop" * (geometry != "full")
-        print(f"{file}: {width}x{height} seen at {at[1]}x{at[0]}{part}, {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m")
-        if ply:
-            pixels = focal or FOCAL * max(width, height)
-            write_ply(out / f"{file.stem}.ply", depth, picture, pixels / step)
-            print(f"{out / file.stem}.ply: focal length {pixels:.0f} pixels, {'given' if focal else 'assumed: 0.81 of the longer side'}")
+        try:
+            image = data.read_image(file)
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            print(error, file=sys.stderr)
+            failed += 1
+            continue
+        frame = image.shape[:2]
+        pixels = focal or FOCAL * max(frame)
+        if pixels < 0.1 * max(frame):
+            raise UserError(f"--focal {focal:g}: is not in pixels: {file} has {by(frame)} of them")
+        depth, shown = predict_image(predict, config, image, size, geometry, pixels)
+        check_finite(depth, name)
+        small = shrink(image, LONGEST / max(frame))
+        small_focal = pixels * max(small.shape[:2]) / max(frame)
+        small = visible_part(small, geometry)
+        depth = F.interpolate(depth, small.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+        write_depth(out / file.stem, depth, small, small_focal if ply else None)
+        print(f"{file}: {by(frame)}, focal length {pixels:.0f} pixels ({'given' if focal else 'assumed'}), "
+              f"seen at {by(shown)} ({geometry}); depth {depth.min():.2f} to {depth.max():.2f} m, "
+              f"written at {by(depth.shape)}")
+    if failed:
+        raise UserError(f"{failed} of {len(files)} images could not be read")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def predict_image(predict, config, image, size, geometry, focal):
+    """(H, W, 3) uint8, focal length in pixels -> (1, 1, h, w) metres, and the size that the network saw.
+
+    A large image is first shrunk to the focal length of a training frame, antialiased; from there it is
+    sampled by nearest, as in training.
+    """
+    frame = image.shape[:2]
+    size = size or whole_image_size(frame, focal, config)
+    seen = network_input(shrink(image, FOCAL * max(640, *config["frame"]) / focal), size, geometry)
+    return predict(seen).float().cpu() * depth_factor(focal, frame, size, geometry, config), size
+
+
+def network_input(image, size, geometry):
+    """(H, W, 3) uint8 -> (1, 3, h, w) in [0, 1]."""
+    return view(torch.tensor(image).permute(2, 0, 1)[None], size, geometry).float() / 255
+
+
+def visible_part(image, geometry):
+    """What a geometry shows of a (H, W, 3) image, in the image's own pixels."""
+    height, width = image.shape[:2]
+    shown_h, shown_w = (max(1, round(n)) for n in data.visible_size(height, width, geometry))
+    top, left = (height - shown_h) // 2, (width - shown_w) // 2
+    return image[top:top + shown_h, left:left + shown_w]
+
+
+def write_depth(path, depth, image, focal=None):
+    """Write (H, W) metres of a (H, W, 3) image:
+
+    PATH.png        16-bit millimetres, at most 65.534 m, 0 where the network predicts 0 or less
+    PATH.npy        float32 metres
+    PATH_depth.png  for people: the image, its depth in colours, and which colour is how many metres
+    PATH.ply        with a focal length: a coloured point cloud
+    """
+    near, far = np.quantile(depth, (0.01, 0.99))
+    far = max(far, near + 0.1)
+    columns = [image, data.colourise(depth, near, far), data.colour_bar(near, far, len(depth))]
+    with whole_file(f"{path}.png") as f:
+        Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(f, "PNG")
+    with whole_file(f"{path}.npy") as f:
+        np.save(f, depth)
+    with whole_file(f"{path}_depth.png") as f:
+        data.tile([columns]).save(f, "PNG")
+    if focal:
+        with whole_file(f"{path}.ply") as f:
+            f.write(point_cloud(depth, image, focal))
+
+
+def point_cloud(depth, image, focal):
+    """(H, W) metres, (H, W, 3) uint8 and the focal length in pixels -> the bytes of a .ply file: x to the
+    right, y down, z forward, in metres."""
+    height, width = depth.shape
+    v, u = np.mgrid[:height, :width] + 0.5  # the centres of pixels
+    points = np.zeros(depth.shape, dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("rgb", "u1", 3)])
+    points["x"] = (u - width / 2) / focal * depth
+    points["y"] = (v - height / 2) / focal * depth
+    points["z"] = depth
+    points["rgb"] = image
+    points = points[depth > 0]
+    properties = [f"property float {axis}" for axis in "xyz"]
+    properties += [f"property uchar {colour}" for colour in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *properties]
+    return "\n".join([*header, "end_header", ""]).encode() + points.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    """The flags."""
+    p = data.make_parser("Evaluate a network on a data set, or predict the depth of images.")
+    p.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    p.add_argument("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
+                   help="what the network is shown (default: the scale of its training)")
+    p.add_argument("--geometry", choices=data.GEOMETRIES,
+                   help="how a frame becomes that size (default: the protocol's; for --images full)")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="average with the horizontal flip (default: the protocol's)")
+    # evaluation
+    p.add_argument("--data", metavar="PATH", help="data set of any layout that data.py knows")
+    p.add_argument("--split", default="val", choices=(*data.SPLITS, "all"), help="of the data set")
+    p.add_argument("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
+    p.add_argument("--depth-scale", type=data.positive(float), default=1000.0,
+                   help="16-bit depth / this = metres")
+    p.add_argument("--workers", type=data.non_negative, default=0, help="processes that read data")
+    p.add_argument("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
+    p.add_argument("--sheet", metavar="FILE", help="where to show samples (default: MODEL-SPLIT.png)")
+    # prediction
+    p.add_argument("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
+    p.add_argument("--out", default="runs/depth", metavar="DIR", help="folder for their depth")
+    p.add_argument("--focal", type=data.positive(float), metavar="PIXELS",
+                   help="focal length in pixels of the image (default: 0.81 of its longer side)")
+    p.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
+    return p
 
 
 def main(argv=None):
-    parser = Parser(description="Evaluate a network on a data set, or predict the depth of pictures.")
-    parser.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="what the network is shown (default: as it was trained)")
-    parser.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the protocol's; for --images full)")
-    # evaluation
-    parser.add_argument("--data", help="data set of any layout that data.py knows")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"))
-    parser.add_argument("--protocol", default="own", choices=PROTOCOLS)
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (default: the protocol's)")
-    parser.add_argument("--depth-scale", type=above_0(float), default=1000.0)
-    parser.add_argument("--batch-size", type=above_0(int), default=8)
-    parser.add_argument("--workers", type=above_0(int, or_0=True), default=0, metavar="N")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there too, also those by depth and by image")
-    parser.add_argument("--csv", metavar="FILE", help="write a line an image there")
-    parser.add_argument("--sheet", metavar="FILE", help="picture of samples (default: NAME-SPLIT.png beside the model); the worst "
-                                                        "images go to the same name with -worst")
-    parser.add_argument("--expect-rmse", type=float, metavar="M", help="exit with 1 when the RMSE is above this")
-    # prediction
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures or globs")
-    parser.add_argument("--out", default="runs/depth", help="folder for the predictions")
-    parser.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
-    parser.add_argument("--focal", type=above_0(float), metavar="PIXELS", help="the camera's focal length, for --ply")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     if (args.data is None) == (args.images is None):
-        parser.error("give --data to evaluate, or --images to predict")
-    size = tuple(args.size) if args.size else None
-    check_device(args.device)
-    predict, facts = load_predictor(args.model, args.device)
-    if facts["fixed"] and size not in (None, tuple(facts["size"])):
-        raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only: export it with --size or --dynamic")
-    if args.images:
-        return predict_pictures(flip_average(predict) if args.flip else predict, facts, find_pictures(args.images), Path(args.out), size,
-                                args.geometry or "full", args.focal, args.ply)
+        raise UserError("give --data to evaluate, or --images to predict")
+    if args.data and args.geometry and args.protocol != "own":
+        raise UserError(f"--geometry {args.geometry}: protocol {args.protocol} has its own")
+    data.check_device(args.device)
+    predict, config = load_predictor(args.model, args.device)
+    args.size = args.size and tuple(args.size)
+    if args.flip is None:
+        args.flip = bool(args.data) and PROTOCOLS[args.protocol].get("flip", False)
+    if args.flip:
+        predict = flip_average(predict)
+    if args.data:
+        return evaluate_command(args, predict, config)
+    geometry = args.geometry or default_geometry(config)
+    size = args.size or config["fixed"] or (config["size"] if geometry == "fastdepth" else None)
+    predict_images(predict, config, find_images(args.images), Path(args.out), size, geometry, args.focal,
+                   args.ply, args.model)
 
-    protocol = dict(PROTOCOLS[args.protocol])
-    native, own_flip = protocol.pop("native"), protocol.pop("flip")
-    flip = own_flip if args.flip is None else args.flip
-    protocol["max_depth"] = protocol["max_depth"] or facts["max_depth"]
-    at = size or (frame_size(facts) if native else (224, 224) if args.protocol == "fastdepth" else tuple(facts["size"]))
-    if facts["fixed"] and at != tuple(facts["size"]):
-        raise ValueError(f"{args.model}: takes {facts['size'][0]}x{facts['size'][1]} only, protocol {args.protocol} shows {at[0]}x{at[1]}: "
-                         "export it with --size or --dynamic")
-    geometry = args.geometry or ("full" if native else facts["geometry"] if args.protocol == "own" else "fastdepth")
-    dataset = open_dataset(args.data, args.split, None if native else at, geometry=geometry, depth_scale=args.depth_scale)
-    if native and (found := dataset.read(0)[1].shape) != (480, 640):
-        raise ValueError(f"{dataset.files[0]}: protocol {args.protocol} is defined for 480x640 frames, this is {found[0]}x{found[1]}: "
-                         "use --protocol own")
-    predict, view = flip_average(predict) if flip else predict, shown(at, geometry)
-    answer = (lambda image: predict(view(image))) if native else predict
-    loader = torch.utils.data.DataLoader(dataset, args.batch_size, num_workers=args.workers)
-    result, detail = evaluate(answer, loader, **protocol, what="evaluating")
-    print(f"{args.model} ({facts['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, seen at {at[0]}x{at[1]} ({geometry}){', flip' * flip}; "
-          f"{result['images']} images, {result['skipped']} without depth skipped")
+
+def evaluate_command(args, predict, config):
+    """--data: metrics on the screen and as JSON, and a sheet of samples."""
+    size, geometry = args.size or config["size"], "full"
+    protocol = {key: value for key, value in PROTOCOLS[args.protocol].items() if key != "flip"}
+    if args.protocol == "own":
+        geometry = args.geometry or config["geometry"]
+        protocol = dict(grid=(size, geometry), max_depth=config["max_depth"])
+    elif args.protocol == "fastdepth":
+        geometry = "fastdepth"
+    else:
+        size = args.size or (config["fixed"] if default_geometry(config) == "full" else None)
+
+    dataset = data.open_dataset(args.data, args.split, None, geometry=geometry, depth_scale=args.depth_scale)
+    data.check_scale(dataset, protocol["max_depth"])
+    data.check_crop(dataset, config["size"])
+    frame = dataset.read(0)[1].shape
+    shown = size or whole_image_size(frame, FOCAL * max(frame), config)
+    predict_frames = at_training_scale(predict, config, size, geometry)
+    # One frame at a time: they may differ in size. (A batch is no faster on a CPU.)
+    loader = torch.utils.data.DataLoader(dataset, num_workers=args.workers, worker_init_fn=data.worker_init)
+    result, detail = evaluate(predict_frames, loader, **protocol, name=args.model)
+
+    flip = ", flip" if args.flip else ""
+    print(f"{args.model} ({config['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, "
+          f"seen at {by(shown)} ({geometry}{flip}); {result['images']} images, "
+          f"{result['skipped']} more without depth")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
-    print("\nby true depth, all pixels pooled\n" + f"{'metres':>10}{'share':>9}{'rmse':>9}{'absrel':>9}{'d1':>9}")
+    print(f"\nby distance, all pixels pooled\n{'metres':>10}{'share':>9}{'rmse':>9}{'absrel':>9}{'d1':>9}")
     for r in detail["ranges"]:
-        print(f"{r['from']:4g} to {r['to']:2g}{r['share']:9.1%}{r['rmse']:9.4f}{r['absrel']:9.4f}{r['d1']:9.4f}")
+        limits = f"{r['from']} to {r['to'] or '...'}"
+        print(f"{limits:>10}{r['share']:9.1%}{r['rmse']:9.4f}{r['absrel']:9.4f}{r['d1']:9.4f}")
 
-    images = [dict(file=file, **dict(zip(METRICS, values))) for file, values in
-              zip(dataset.files, torch.stack([detail["images"][name] for name in METRICS], 1).tolist())]
-    counted = [i for i in range(len(images)) if not math.isnan(images[i]["rmse"])]
-    worst = sorted(counted, key=lambda i: -images[i]["rmse"])[:6]
-    sheet = Path(args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png"))
-    worst_sheet = sheet.with_stem(sheet.stem + "-worst")
-    for file in filter(None, (args.json, args.csv, sheet)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.json:
-        found = dict(vars(args), **result, size=at, geometry=geometry, flip=flip, ranges=detail["ranges"], per_image=images)
-        found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, images[0])
-            writer.writeheader()
-            writer.writerows(images)
-    sample_sheet(answer, dataset, sheet, protocol["max_depth"])
-    sample_sheet(answer, dataset, worst_sheet, protocol["max_depth"],
-                 notes={i: f"{'/'.join(Path(images[i]['file']).parts[-2:])[-34:]}\nRMSE {images[i]['rmse']:.3f} m" for i in worst})
-    print(f"\npictures: {sheet}, the worst: {worst_sheet}")
-    if args.expect_rmse is not None and not result["rmse"] <= args.expect_rmse:
-        print(f"RMSE {result['rmse']:.4f} is above the expected {args.expect_rmse}")
-        raise SystemExit(1)
+        images = [dict(file=file) | {key: values[i].item() for key, values in detail["images"].items()}
+                  for i, file in enumerate(dataset.files) if detail["images"]["rmse"][i].isfinite()]
+        facts = vars(args) | result | dict(size=shown, geometry=geometry)
+        with whole_file(args.json) as f:
+            f.write(json.dumps(facts | dict(ranges=detail["ranges"], per_image=images), indent=1).encode())
+    sheet = args.sheet or Path(args.model).with_name(f"{Path(args.model).stem}-{args.split}.png")
+    sample_sheet(predict_frames, dataset, sheet, protocol["max_depth"], grid=protocol.get("grid"))
+    print(f"\nsamples: {sheet}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    data.run_script(main, ModelError)

@@ -1,439 +1,612 @@
-"""Train a depth network: one plain loop.
+"""Train a depth network: a plain loop over epochs around a plain loop over batches.
 
-    python train.py --epochs 10                                  # renders rooms on first use, needs no download
-    python train.py --epochs 10 --data nyu                       # any data set that data.py knows
-    python train.py --resume runs/fastdepth-1                    # go on after Ctrl-C, bit for bit
-    torchrun --nproc_per_node=2 train.py --data nyu              # a process per GPU, each with its share of every batch
+    python train.py --epochs 10                       # renders rooms on first use; needs no download
+    python train.py --epochs 10 --data nyu            # any data set that data.py knows
+    python train.py --resume runs/fastdepth-1         # go on after Ctrl-C; on a CPU to the last bit
+    torchrun --nproc_per_node=2 train.py --data nyu   # a process per GPU, each with its share of every batch
 
-Loss, optimizer and batch are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight decay 1e-4, 8
-pictures. Learning rate, plateau schedule and augmentation were chosen by measurement (README). Everything goes to --out:
-last.pt and best.pt (lowest validation RMSE), log.csv, curves.png, samples.png.
+Loss, optimizer and batch size are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight
+decay 1e-4, 8 images a batch. Learning rate, schedule and augmentation were chosen by measurement
+(docs/results.md). Written to --out: last.pt after every epoch, best.pt after each with the lowest validation
+RMSE so far, log.csv, curves.png, and samples.png at the end.
 """
 import argparse
 import copy
+import io
 import itertools
 import math
 import os
 import shlex
+import signal
 import sys
 import time
+import warnings
+import zlib
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from data import (AUGMENTS, GEOMETRIES, Parser, above_0, batches, check_device, have_rooms, multiple_of_32, open_dataset, progress, run_script,
-                  valid_mask, write_rooms)
-from eval import evaluate, sample_sheet
+import data
+from data import UserError, open_dataset, positive, valid_mask, whole_file
+from eval import evaluate, mean_depth_baseline, sample_sheet
 from loss import LOSSES, make_loss
-from model import MODELS, build_model, count, load_encoder, load_model
+from model import (FORMAT, MODELS, ModelError, build_model, count, load_encoder, load_model, read_file,
+                   use_fast_depthwise_gradient)
 
-ROOMS = Path("data/rooms")  # rendered on first use
+# ------------------------------------------------------------------------------------------------------------
+# The two loops
+# ------------------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer, scaler, scheduler):
+    """Show the network every training image once; returns the mean loss of the batches."""
+    network.train()
+    start = time.time()
+    check_every = 1 if args.device == "cpu" else 20  # to look at a loss is to wait for the device
+    unchecked = []
+    total = 0.0
+    for step, (image, depth, index) in enumerate(loader, 1):
+        image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
+        depth = depth.to(args.device, non_blocking=True)
+        with autocast:
+            pred = network(image)
+        depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")  # the network's own resolution
+        loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if args.clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        if args.schedule != "plateau":
+            scheduler.step()
+        unchecked.append((step, loss.detach(), index))
+        if len(unchecked) == check_every or step == len(loader):
+            total += finite_sum(unchecked, epoch, loader.dataset)
+            unchecked.clear()
+            name = f"epoch {epoch}/{args.epochs}, step"
+            data.progress(name, step, len(loader), start, f"  loss {total / step:.3f}")
+    return total / len(loader)
+
+
+def main(argv=None):
+    """Train as the flags say; returns the metrics of the epoch with the lowest validation RMSE."""
+    args, saved = parse(argv)
+    rank, ranks = join_processes(args)
+    with run_folder(args, saved, rank) as out:
+        torch.manual_seed(args.seed)
+        train_set, val_loader = open_data(args, rank)
+        model = make_model(args).to(args.device, memory_format=torch.channels_last)
+        use_fast_depthwise_gradient(model)
+        network = DistributedDataParallel(model) if ranks > 1 else model
+        network = torch.compile(network) if args.compile else network
+        kind = torch.device(args.device).type
+        autocast = torch.autocast(kind, AMP[args.amp], enabled=args.amp != "none")
+        scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")
+        criterion = make_loss(args.loss, args.max_depth)
+        optimizer = make_optimizer(args, model)
+        history = restore(args, saved, model, optimizer, scaler) if saved else []
+        scheduler = make_scheduler(args, saved, optimizer, steps=len(train_set) // args.batch_size)
+        if rank == 0:  # the process that prints, validates and writes
+            baseline = show_plan(args, out, history, model, train_set, val_loader, ranks)
+
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            start = time.time()
+            lr = optimizer.param_groups[0]["lr"]
+            loader = epoch_loader(args, epoch, train_set, rank, ranks)
+            loss = train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer, scaler,
+                                   scheduler)
+            result = validate(args, epoch, val_loader, model, rank)
+            if args.schedule == "plateau":
+                scheduler.step(result["rmse"])
+            history.append(dict(epoch=epoch, lr=lr, loss=loss, **result, seconds=time.time() - start))
+            if rank == 0:
+                save(out, args, train_set, history, model, optimizer, scaler, scheduler)
+                log(out, args, history, baseline)
+
+        if rank == 0:
+            finish(out, args, history, baseline, val_loader.dataset)
+        if ranks > 1:
+            distributed.destroy_process_group()
+        return best_of(history)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------------------
+
+# SGD's, by measurement. The last two networks have no batch norm in the decoder: there 0.05 diverges.
+LEARNING_RATES = {
+    "fastdepth": 0.05,
+    "fastdepth-pruned": 0.05,
+    "fastdepth-table": 0.05,
+    "mobilenetv2-nnconv5": 0.05,
+    "densedepth": 0.005,
+    "fpn": 0.005,
+}
+ADAM = 0.02  # Adam's learning rate / SGD's
+
+# A preset: network -> defaults of the flags that are not given. FastDepth's relatives take its published
+# recipe. FPN was published for detection: that paper's SGD in steps, with the learning rate from above.
+FASTDEPTH = dict(optimizer="sgd", lr=0.01, batch_size=8, schedule="step", loss="l1", augment="paper")
+DENSEDEPTH = dict(optimizer="adam", lr=1e-4, weight_decay=0, batch_size=8, schedule="none", loss="densedepth")
 PRESETS = {
-    "paper": dict(lr=0.01, schedule="step", augment="paper"),  # FastDepth's
-    "best": dict(optimizer="adam", schedule="cosine", augment="colour"),  # of those in docs/results.md
+    "paper": {**dict.fromkeys(MODELS, FASTDEPTH), "densedepth": DENSEDEPTH, "fpn": dict(schedule="step")},
+    "best": dict.fromkeys(MODELS, dict(optimizer="adam", schedule="cosine", augment="camera")),
 }
 
-# ------------------------------------------------------------------------------------------------------------------
-# Flags
-# ------------------------------------------------------------------------------------------------------------------
+AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+START = ("preset", "out", "resume", "init", "pretrained", "encoder_weights")  # flags of a start, not of a run
 
 
-def make_parser():
-    """Every flag, in groups; the defaults are the README's recipe."""
-    p = Parser(description="Train a depth network.")
-    p.add_argument("--preset", choices=PRESETS, help="a recipe: defaults for the flags that are not given")
+def make_flags():
+    """Every flag, in groups; the defaults are those of the README's first command."""
+    parser = data.make_parser("Train a depth network.")
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="defaults for flags not given: as published, or as measured best")
     # data
-    p.add_argument("--data", default=str(ROOMS), help="data set; the default is rendered on first use")
-    p.add_argument("--rooms", type=above_0(int), default=768, help="how many training rooms are rendered for data/rooms")
-    p.add_argument("--depth-scale", type=above_0(float), default=1000.0, help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
-    p.add_argument("--max-depth", type=above_0(float), default=10.0, help="metres; deeper pixels do not count (KITTI 80)")
-    p.add_argument("--augment", default="flip", choices=AUGMENTS, help="colour: also rotation and colour; paper: also zoom")
-    p.add_argument("--limit", type=above_0(int), metavar="N", help="use only N samples of each split: a smoke run")
-    p.add_argument("--workers", type=above_0(int, or_0=True), default=0, metavar="N", help="processes that read data, for each that trains")
+    add("--data", default="rooms", help="a data set, or rooms:N; the default is rendered on first use")
+    add("--depth-scale", type=positive(float), default=1000.0, help="16-bit depth / this = metres; KITTI 256")
+    add("--max-depth", type=positive(float), default=10.0, help="metres; deeper never counts; KITTI 80")
+    add("--augment", default="flip", choices=data.AUGMENTS, help="random changes: see data.DepthDataset")
+    add("--limit", type=positive(int), metavar="N", help="use only N samples of each split: a smoke run")
+    add("--workers", type=data.non_negative, default=0, metavar="N", help="processes that read images")
     # network
-    p.add_argument("--model", default="fastdepth", choices=list(MODELS))
-    p.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="of build_model: skip=none conv=dense output=sigmoid")
-    p.add_argument("--size", type=multiple_of_32, nargs=2, metavar=("H", "W"), help="of training (default: the network's)")
-    p.add_argument("--geometry", choices=GEOMETRIES, help="how a frame becomes that size (default: the network's)")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--init", metavar="FILE", help="start from a checkpoint, or from a file that FastDepth's authors published")
-    start.add_argument("--pretrained", action="store_true", help="start the encoder from torchvision's ImageNet weights, downloaded")
-    start.add_argument("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
+    add("--model", default="fastdepth", choices=MODELS, help="see model.py")
+    add("--options", nargs="*", type=key_value, metavar="KEY=VALUE",
+        help="of build_model: skip=none conv=dense")
+    add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
+        help="of training (default: the network's, but 128 128 for the default rooms without --preset paper)")
+    add("--geometry", choices=data.GEOMETRIES, help="how a frame becomes that size (default: the network's)")
+    weights = parser.add_mutually_exclusive_group().add_argument
+    weights("--init", metavar="FILE", help="start from a checkpoint, or a file of FastDepth's authors")
+    weights("--pretrained", action="store_true", help="start the encoder from ImageNet weights, downloaded")
+    weights("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
-    p.add_argument("--loss", default="l1", choices=list(LOSSES))
-    p.add_argument("--epochs", type=above_0(int), default=10)
-    p.add_argument("--batch-size", type=above_0(int), default=8, help="pictures of a step, of all processes together")
-    p.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
-    p.add_argument("--lr", type=above_0(float), help="learning rate (default: the preset's, or the network's, a fiftieth of it for adam)")
-    p.add_argument("--momentum", type=float, default=0.9)
-    p.add_argument("--weight-decay", type=float, default=1e-4)
-    p.add_argument("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
-                   help="plateau: x 0.3 after an epoch without 1 %% less RMSE; step: x 0.1 every 5 epochs; cosine: to 0")
-    p.add_argument("--warmup", type=above_0(float, or_0=True), default=0.0, metavar="EPOCHS", help="raise the learning rate from almost 0 over these")
-    p.add_argument("--clip", type=above_0(float), metavar="NORM", help="largest norm of the gradient")
+    add("--loss", default="l1", choices=LOSSES, help="see loss.py")
+    add("--epochs", type=positive(int), default=10, help="in all, those before a --resume included")
+    add("--batch-size", type=positive(int), default=8, help="images of a step, of all processes together")
+    add("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"),
+        help="torch's: its Adam adds weight decay to the gradient, AdamW shrinks the weights")
+    add("--lr", type=positive(float), help="learning rate (default: the preset's, else train.LEARNING_RATES)")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=1e-4, help="pull of the weights towards 0")
+    add("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
+        help="plateau: lower where the validation RMSE stays; step: a tenth every 5 epochs; cosine: to 0")
+    add("--clip", type=positive(float), metavar="NORM", help="largest norm of the gradient")
     # machine
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast (default: bf16 where the processor computes it)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    p.add_argument("--seed", type=int, default=0)
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1 or mps")
+    add("--amp", choices=AMP, help="autocast (default: bf16 where the processor computes it)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--threads", type=data.non_negative, default=0, metavar="N", help="of the CPU; 0: as PyTorch chooses")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
     # results
-    p.add_argument("--out", metavar="DIR", help="(default: the next free runs/MODEL-k)")
-    p.add_argument("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags; flags given here replace them")
-    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also write for TensorBoard, into --out")
-    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    return p
+    add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
+    add("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags, or those given here")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write for TensorBoard too, into --out")
+    return parser
+
+
+def key_value(text):
+    """The argparse type of one of --options."""
+    key, equals, value = text.partition("=")
+    if not equals or key in ("name", "max_depth"):  # arguments of build_model that are flags of their own
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, as skip=none; got {text}")
+    return key, value
+
+
+def default_device():
+    """The fastest device that PyTorch finds."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def computes_bf16(device):
     """Whether the processor multiplies bfloat16 itself; emulated, it is slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return can.get("avx512_bf16") or can.get("amx_bf16")
+    able = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def parse(argv):
-    """-> flags, and the checkpoint to go on from or None."""
-    parser = make_parser()
-    args, saved = parser.parse_args(argv), None
-    if args.preset:
-        parser.set_defaults(**PRESETS[args.preset])
-        args = parser.parse_args(argv)
-    if args.resume:
-        for flag in ("preset", "out", "init", "pretrained", "encoder_weights"):
-            if getattr(args, flag):
-                parser.error(f"--{flag.replace('_', '-')} is for a new run, not for --resume")
-        if Path(args.resume).is_file():
-            parser.error(f"--resume takes the folder of a run, and goes on from its last.pt; got {args.resume}")
-        file = Path(args.resume) / "last.pt"
-        saved = load_checkpoint(file)
-        saved["rate"] = args.lr or saved["rate"]  # a rate given now replaces also what plateau has made of the old one
-        parser.set_defaults(**saved["args"])  # as before, but for what is given now
-        args = parser.parse_args(argv)
-        args.out = args.resume
-        for name in ("model", "options", "optimizer"):
-            if getattr(args, name) != saved["args"][name]:
-                raise ValueError(f"{file}: was trained with --{name} {saved['args'][name]}: start a new run to change it")
-    elif args.out and (Path(args.out) / "last.pt").exists():
-        raise ValueError(f"{args.out}: holds a run already: go on with --resume {shlex.quote(args.out)}, or choose another --out")
-    if wrong := [option for option in args.options if "=" not in option]:
-        parser.error(f"--options takes KEY=VALUE, got {wrong[0]}")
-    spec = MODELS[args.model]
-    args.size, args.geometry = tuple(args.size or spec["size"]), args.geometry or spec["geometry"]
-    args.lr = args.lr or spec["lr"] * dict(sgd=1, adam=0.02)[args.optimizer]
-    check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
-    if args.amp is None:
-        args.amp = "bf16" if computes_bf16(args.device) else "none"
+    """-> the flags, and the checkpoint to go on from or None."""
+    parser = make_flags()
+    args = parser.parse_args(argv)
+    saved = load_run(args) if args.resume else None
+    if saved:
+        parser.set_defaults(**saved["args"])
+    elif args.preset:
+        parser.set_defaults(**PRESETS[args.preset][args.model])
+    args = parser.parse_args(argv)  # again: what is given now wins
+
+    if not args.size:
+        small = args.data == "rooms" and args.preset != "paper"
+        args.size = SMALL if small else MODELS[args.model]["size"]
+    args.size = tuple(args.size)
+    if args.data == "rooms":
+        args.data = list(PACKS)[max(args.size) > max(SMALL)]
+    args.geometry = args.geometry or MODELS[args.model]["geometry"]
+    args.options = dict(args.options or {})
+    args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM)
+    data.check_device(args.device)
+    args.amp = args.amp or ("bf16" if computes_bf16(args.device) else "none")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    if args.workers > 256:
+        raise UserError(f"--workers {args.workers}: so many processes would only bring the machine down")
+    for name in ("model", "options", "optimizer"):
+        if saved and getattr(args, name) != saved["args"].get(name):
+            raise UserError(f"{args.resume}: was trained with another --{name}: start a new run to change it")
     return args, saved
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints and the record of a run
-# ------------------------------------------------------------------------------------------------------------------
+def load_run(args):
+    """The checkpoint from which --resume goes on."""
+    for name in START:
+        if getattr(args, name) and name != "resume":
+            raise UserError(f"--{name.replace('_', '-')} is for a new run, not for --resume")
+    file = Path(args.resume) / "last.pt"
+    load_model(file)  # its errors name the file and the cure
+    saved = read_file(file)
+    parts = dict(optimizer=dict, scheduler=dict, scaler=dict, history=list, best=dict, args=dict)
+    if not (isinstance(saved, dict) and all(isinstance(saved.get(name), parts[name]) for name in parts)
+            and saved["history"]):
+        raise UserError(f"{file}: holds a network but no run to go on with: start one with --init {file}")
+    if args.lr:  # replaces also what plateau has made of the old one
+        for group in saved["optimizer"]["param_groups"]:
+            group["lr"] = args.lr
+    return saved
 
 
-def save_checkpoint(file, state):
-    """Write a dict of tensors and plain values whole or not at all."""
-    partial = file.with_name("checkpoint.partial")  # one name for all: what a killed process left is gone after the next save
-    try:
-        torch.save(state, partial)
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:
-        again = f", then --resume {shlex.quote(str(file.parent))}" if (file.parent / "last.pt").exists() else ""
-        raise ValueError(f"{file}: cannot be written ({str(error).splitlines()[0]}): make room{again}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+# ------------------------------------------------------------------------------------------------------------
+# Data, network, optimizer
+# ------------------------------------------------------------------------------------------------------------
+
+SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
+ROOMS = f"data/rooms-v{data.ROOMS_VERSION}-4096"
+PACKS = {  # of the default data, written on first use: file -> size of its frames
+    f"{ROOMS}.h5": (168, 224),  # as much as training at SMALL can make use of
+    f"{ROOMS}-large.h5": None,  # as rooms are
+}
 
 
-def load_checkpoint(file):
-    """What save_checkpoint wrote, on the CPU."""
-    load_model(file)  # names the file and the cure if it is no network
-    return torch.load(file, map_location="cpu")
-
-
-def claim_folder(model):
-    """Make and return runs/MODEL-k with the first k that no run has, not even one that starts at this moment."""
-    for k in itertools.count(1):
-        try:
-            (out := Path("runs") / f"{model}-{k}").mkdir(parents=True)
-            return out
-        except FileExistsError:
-            pass
-
-
-def draw_curves(file, history, constant):
-    """Loss, validation RMSE and d1 over the epochs; grey: the constant map."""
-    width, height, left, top = 360, 240, 50, 30
-    sheet = Image.new("RGB", (3 * width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (name, title) in enumerate((("loss", "training loss"), ("rmse", "validation RMSE, m"), ("d1", "validation d1"))):
-        values = [row[name] for row in history]
-        level = constant.get(name)
-        low, high = min(values + [level or values[0]]), max(values + [level or values[0]])
-        low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
-
-        def at(epoch, value):
-            """The pixel of a point of the curve."""
-            return (k * width + left + (width - left - 15) * epoch / max(len(values) - 1, 1),
-                    top + (height - top - 25) * (high - value) / (high - low))
-
-        for value in (low + (high - low) * i / 4 for i in range(5)):
-            draw.line([at(0, value), at(max(len(values) - 1, 1), value)], fill=(232, 232, 232))
-            draw.text((k * width + 8, at(0, value)[1] - 6), f"{value:.3f}", fill="black")
-        if level:
-            draw.line([at(0, level), at(max(len(values) - 1, 1), level)], fill="grey", width=2)
-            draw.text((at(0, level)[0] + 4, at(0, level)[1] + 2), "constant map", fill="grey")
-        points = [at(i, value) for i, value in enumerate(values)]
-        draw.line(points, fill=(182, 54, 122), width=2)
-        for x, y in points:
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
-        draw.text((k * width + left, 8), f"{title}, by epoch 1 to {len(values)}", fill="black")
-    sheet.save(file)
-
-
-def write_record(out, history, constant):
-    """log.csv and curves.png of all epochs, written anew each time, so that they are whole after a resume."""
-    lines = [",".join(history[0])] + [",".join(f"{v:.6g}" for v in row.values()) for row in history]
-    (out / "log.csv").write_text("\n".join(lines) + "\n")
-    draw_curves(out / "curves.png", history, constant)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def constant_map(dataset, max_depth, most=512):
-    """The mean depth of each pixel over at most 512 training frames, (1, 1, H, W): the answer of least squared error without looking."""
-    total = seen = 0
-    for i in torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist():
-        depth = dataset[i][1]
-        mask = valid_mask(depth, max_depth)
-        total, seen = total + torch.where(mask, depth, 0), seen + mask
-    overall = total.sum() / seen.sum().clamp(min=1)
-    return torch.where(seen > 0, total / seen.clamp(min=1), overall)[None]
-
-
-def scheduled_lr(args, rate, step, steps):
-    """The learning rate of a step, counted from 0 over the whole run of `steps` an epoch. rate: --lr, or where plateau has brought it."""
-    factor = min(1, (step + 1) / (args.warmup * steps)) if args.warmup else 1  # + 1: a step at rate 0 would teach nothing
-    if args.schedule == "cosine":
-        factor *= (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2
-    elif args.schedule == "step":
-        factor *= 0.1 ** (step // (5 * steps))
-    return rate * factor
-
-
-def join_ranks(args):
-    """Meet the processes that torchrun started beside this one, if any: -> the rank of this one, and how many there are."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % ranks:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be divided among {ranks} processes: make it a multiple of {ranks}")
-    if ranks > 1:
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from now on
-        patience = timedelta(hours=6)  # of the others, while rank 0 renders rooms or validates
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
-    return rank, ranks
-
-
-def main(argv=None):
-    """Train as the flags say; returns the validation metrics of the best epoch."""
-    args, saved = parse(argv)
-    rank, ranks = join_ranks(args)
-    master = rank == 0  # the only one that writes and validates
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    if Path(args.data) == ROOMS and master and not have_rooms(ROOMS, args.rooms):
-        if args.dry_run:
-            raise ValueError(f"{ROOMS}: does not hold {args.rooms} rooms of this version yet: leave out --dry-run to render them")
-        write_rooms(ROOMS, args.rooms)
-    if ranks > 1:
-        distributed.barrier()  # until the rooms are there
-    torch.manual_seed(args.seed)
-
-    # Data
+def open_data(args, rank):
+    """-> the training set, and the loader of the validation images."""
+    if args.data in PACKS and not Path(args.data).exists() and rank == 0:
+        data.write_pack(args.data, "rooms:4096", size=PACKS[args.data])
+    if distributed.is_initialized():
+        distributed.barrier()  # until the file is there
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
     train_set = open_dataset(args.data, "train", augment=args.augment, seed=args.seed, **common)
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
-        raise ValueError(f"{args.data}: {len(train_set)} training pairs are less than a batch of {args.batch_size}: lower --batch-size")
-    loading = dict(num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
-    val_loader = torch.utils.data.DataLoader(val_set, args.batch_size, **loading)
-    steps = len(train_set) // args.batch_size  # an incomplete last batch is left out: batch norm wants full ones
+        raise UserError(f"{args.data}: has only {len(train_set)} training pairs: lower --batch-size to that")
+    if rank == 0:
+        data.check_scale(train_set, args.max_depth)
+        data.check_crop(train_set, args.size)
+    return train_set, make_loader(args, val_set, args.batch_size)
 
-    # Network, loss, optimizer
-    options = dict(option.split("=", 1) for option in args.options)
-    model = build_model(args.model, args.max_depth, **options)
+
+def make_loader(args, dataset, batch_size, order=None):
+    """Batches of (image, depth, index), in the order of the indices given or from first to last."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_size, sampler=order, num_workers=args.workers, worker_init_fn=data.worker_init,
+        pin_memory=args.device.startswith("cuda"))
+
+
+def epoch_loader(args, epoch, dataset, rank, ranks):
+    """The batches of one epoch; of several processes, each gets its share of every batch.
+
+    All that is random follows from seed and epoch, so that a resumed run draws what it would have. They are
+    mixed, not added: epoch 2 of seed 0 is not epoch 1 of seed 1. An incomplete last batch is left out.
+    """
+    torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
+    dataset.epoch = epoch
+    order = torch.randperm(len(dataset))[:len(dataset) // args.batch_size * args.batch_size]
+    return make_loader(args, dataset, args.batch_size // ranks, order[rank::ranks].tolist())
+
+
+def make_model(args):
+    """The network with the weights that it starts from."""
+    model = build_model(args.model, args.max_depth, **args.options)
     if args.init:
-        initial, facts = load_model(args.init)
-        if (facts["model"], facts["options"]) != (args.model, options):
-            flags = " ".join(f"{key}={value}" for key, value in facts["options"].items())
-            raise ValueError(f"{args.init}: holds another network: use --model {facts['model']}{' --options ' * bool(flags)}{flags}")
+        initial, config = load_model(args.init)
+        if (config["model"], config["options"]) != (args.model, args.options):
+            options = " ".join(f"{key}={value}" for key, value in config["options"].items()) or "none"
+            raise UserError(f"{args.init}: is of --model {config['model']} with --options: {options}")
         model.load_state_dict(initial.state_dict())
     if args.pretrained or args.encoder_weights:
         unused = load_encoder(model, args.encoder_weights)
-        print(f"encoder     from {args.encoder_weights or model.encoder.url}; not used: {', '.join(unused) or 'nothing'}")
-    size = count(model, *args.size)
-    model = model.to(args.device, memory_format=torch.channels_last)
-    criterion = make_loss(args.loss, args.max_depth)
+        print(f"encoder   {args.encoder_weights or 'ImageNet'}; not used: {', '.join(unused) or 'nothing'}")
+    return model
+
+
+def make_optimizer(args, model):
+    """SGD, Adam or AdamW."""
+    common = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # PyTorch's patience of 10 epochs would never act in a run of 10; its threshold of 0.01 % takes noise for progress.
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.01)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
-    kind = dict(none=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.amp]
+        return torch.optim.SGD(model.parameters(), momentum=args.momentum, **common)
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), **common)
 
-    # The state of the loop, fresh or resumed
-    history, best, rate = [], None, args.lr
-    if saved:
-        model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        plateau.load_state_dict(saved["plateau"])
-        if saved["scaler"]:  # empty but after --amp fp16
-            scaler.load_state_dict(saved["scaler"])
-        history, best = saved["history"], saved["best"]
-        rate = saved["rate"]
-        for group in optimizer.param_groups:  # flags that may have been given anew
-            group["weight_decay"] = args.weight_decay
-            if args.optimizer == "sgd":
-                group["momentum"] = args.momentum
 
-    network = torch.compile(model) if args.compile else model
-    if ranks > 1:  # gradients are averaged over the ranks; batch norm sees a rank's own pictures, and rank 0's statistics are kept
-        network = torch.nn.parallel.DistributedDataParallel(network)
+PLATEAU = dict(factor=0.3, patience=1, threshold=0.01)  # torch's patience of 10 never acts in 10 epochs
 
-    # The plan
-    print(f"device      {args.device}, {torch.get_num_threads()} threads, amp {args.amp}{', compiled' * args.compile}"
-          + f"; {ranks} processes, each with {args.batch_size // ranks} pictures of a batch and its own batch norm" * (ranks > 1))
-    print(f"data        {args.data} ({train_set.layout}): {len(train_set)} train, {len(val_set)} val, "
-          f"{args.size[0]}x{args.size[1]} ({args.geometry})")
-    print(f"network     {' '.join([args.model, *args.options])}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs, "
-          f"output 1/{model.output_stride}")
-    print(f"training    {args.epochs} epochs of {steps} steps of {args.batch_size}{f', {len(history)} done' * bool(history)}; "
-          f"{args.loss}, {args.optimizer}, lr {rate:g}, {args.schedule}; seed {args.seed}")
-    if master:
-        plain = copy.copy(train_set)
-        plain.augment = "none"
-        constant = constant_map(plain, args.max_depth)
-        trivial, _ = evaluate(lambda image: constant.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
-        print(f"constant    rmse {trivial['rmse']:.3f}  absrel {trivial['absrel']:.3f}  d1 {trivial['d1']:.3f}: "
-              "the mean of each pixel, without looking")
-    if args.dry_run:
-        return best
-    out = Path(args.out or (claim_folder(args.model) if master else "."))  # the other ranks write nothing
-    print(f"results     {out}")
 
-    def save(name):
-        """Write the state of the loop as OUT/name."""
-        once = ("out", "resume", "init", "pretrained", "encoder_weights", "dry_run")  # flags of a start, not of a run
-        save_checkpoint(out / name, dict(
-            model=args.model, options=options, size=args.size, geometry=args.geometry, max_depth=args.max_depth,
-            weights=model.state_dict(), optimizer=optimizer.state_dict(), plateau=plateau.state_dict(),
-            scaler=scaler.state_dict(), rate=rate, history=history, best=best,
-            args={flag: value for flag, value in vars(args).items() if flag not in once}))
+def make_scheduler(args, saved, optimizer, steps):
+    """plateau takes a step after each epoch, the others after each of the `steps` of an epoch.
 
-    out.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(out, purge_step=len(history) + 1) if args.tensorboard and master else None
-    if not saved and master:
-        save("last.pt")  # so that there is always something to go on from, and a full disk shows now
-    print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds")
-    try:
-        for epoch in range(len(history), args.epochs):
-            # Everything random depends on the seed and the epoch alone, so that a resumed run draws what it would have.
-            torch.manual_seed(args.seed + epoch)
-            train_set.epoch = epoch
-            order = torch.randperm(len(train_set))[:steps * args.batch_size][rank::ranks]  # a rank's share of every batch
-            loader = torch.utils.data.DataLoader(train_set, args.batch_size // ranks, sampler=order.tolist(), **loading)
-            model.train()
-            total, start = 0.0, time.time()
-            for step, (image, depth, index) in enumerate(batches(loader)):
-                for group in optimizer.param_groups:
-                    group["lr"] = scheduled_lr(args, rate, epoch * steps + step, steps)
-                image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
-                depth = depth.to(args.device, non_blocking=True)
-                with torch.autocast(args.device.split(":")[0], dtype=kind, enabled=args.amp != "none"):
-                    pred = network(image)
-                if pred.shape != depth.shape:  # compare at the network's own resolution
-                    depth = F.interpolate(depth, pred.shape[-2:], mode="nearest-exact")
-                loss = criterion(pred.float(), depth, valid_mask(depth, args.max_depth))  # a mean over this rank's pixels
-                value = loss.detach() / ranks
-                if ranks > 1:
-                    distributed.all_reduce(value)  # to the mean of all: every rank sees, and stops at, what is not finite
-                if not math.isfinite(value := value.item()):
-                    if not math.isfinite(loss.item()):  # the rank whose pictures these are
-                        files = " ".join(train_set.files[i] for i in index)
-                        print(f"\nthe loss is {value} in epoch {epoch + 1}, step {step + 1}: lower --lr, or look at these: {files}",
-                              file=sys.stderr)
-                    raise SystemExit(1)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                if args.clip:
-                    scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                total += value
-                progress(f"epoch {epoch + 1}/{args.epochs}", (step + 1) * args.batch_size, steps * args.batch_size, start, f"  loss {value:.3f}")
+    The others follow from --lr and the steps done, so nothing of them is restored, and --epochs moves the end
+    of a resumed cosine. (CosineAnnealingLR would restore the old end, and rise after it.)
+    """
+    if args.schedule == "plateau":
+        scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
+        if saved and saved["args"]["schedule"] == "plateau":
+            scheduler.load_state_dict(saved["scheduler"])
+        return scheduler
+    factors = {
+        "none": lambda step: 1.0,
+        "step": lambda step: 0.1 ** (step // (5 * steps)),
+        "cosine": lambda step: (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2,
+    }
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.lr
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # fp16 skips steps that overflow
+    done = len(saved["history"]) * steps if saved else 0
+    return LambdaLR(optimizer, factors[args.schedule], last_epoch=done - 1)
 
-            model.eval()
-            results = [evaluate(lambda image: model(image.to(args.device, memory_format=torch.channels_last)), val_loader, args.max_depth)[0]
-                       if master else None]
-            if ranks > 1:  # one number steps the schedulers of all: with numbers of their own their learning rates would drift apart
-                distributed.broadcast_object_list(results)
-            result = results[0]
-            if not math.isfinite(result["rmse"]):
-                print(f"\nthe validation RMSE is {result['rmse']} after epoch {epoch + 1}: lower --lr, or set --clip", file=sys.stderr)
-                raise SystemExit(1)
-            row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], loss=total / steps, **result, seconds=time.time() - start)
-            history.append(row)
-            if args.schedule == "plateau":
-                for group in optimizer.param_groups:
-                    group["lr"] = rate  # without the warm-up
-                plateau.step(row["rmse"])
-                rate = optimizer.param_groups[0]["lr"]
-            improved = best is None or row["rmse"] < best["rmse"]
-            best = row if improved else best
-            if not master:
-                continue
-            if improved:
-                save("best.pt")  # before last.pt: a run killed between the two goes on from last.pt and (on the CPU) comes to this best again
-            save("last.pt")
-            print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} {row['d1']:7.4f} {row['d2']:7.4f} "
-                  f"{row['d3']:7.4f} {row['seconds']:8.1f}")
-            write_record(out, history, trivial)
-            if args.tensorboard:
-                for name, value in row.items():
-                    writer.add_scalar(name, value, row["epoch"])
-                writer.flush()
-    except KeyboardInterrupt:
-        print(f"\nstopped in epoch {len(history) + 1}; go on with: python train.py --resume {shlex.quote(str(out))}")
-        raise
+
+def restore(args, saved, model, optimizer, scaler):
+    """Put a checkpoint into model, optimizer and scaler; returns its history."""
+    model.load_state_dict(saved["weights"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for group in optimizer.param_groups:  # flags that may have been given anew
+        group["weight_decay"] = args.weight_decay
+        if args.optimizer == "sgd":
+            group["momentum"] = args.momentum
+    if saved["scaler"]:  # empty but after --amp fp16
+        scaler.load_state_dict(saved["scaler"])
+    return saved["history"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(args):
+    """Meet the processes that torchrun started beside this one: -> the rank of this one, and how many."""
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {ranks} processes")
+    if args.batch_size == ranks and args.size == (32, 32):
+        raise UserError(f"--batch-size {ranks} with --size 32 32 leaves batch norm one pixel: raise either")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # which "cuda" means from now on
+        torch.backends.cudnn.benchmark = True
     if ranks > 1:
-        distributed.destroy_process_group()
-    if not master:
-        return best
-    write_record(out, history, trivial)  # again, for a run that was killed after its last checkpoint
-    sample_sheet(load_model(out / "best.pt")[0], val_set, out / "samples.png", args.max_depth)
+        patience = timedelta(hours=6)  # of the others, while rank 0 renders rooms or validates
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, ranks
+
+
+def finite_sum(unchecked, epoch, dataset):
+    """The sum of the losses of (step, loss, indices), each the mean over all processes.
+
+    One that is not finite ends all processes with exit code 1; the one that read the batch names its files.
+    """
+    losses = torch.stack([loss for _, loss, _ in unchecked])
+    if distributed.is_initialized():
+        distributed.all_reduce(losses)
+        losses /= distributed.get_world_size()
+    losses = losses.tolist()
+    for value, (step, loss, index) in zip(losses, unchecked):
+        if not math.isfinite(value):
+            if math.isfinite(loss):
+                sys.exit(1)
+            files = ", ".join(dataset.files[i] for i in index)
+            sys.exit(f"\nthe loss is {value} in epoch {epoch}, step {step}: "
+                     f"lower --lr, set --clip, or look at {files}")
+    return sum(losses)
+
+
+def validate(args, epoch, loader, model, rank):
+    """Metrics of the validation images, by rank 0 for all: one number must step every process's scheduler."""
+    result = None
+    if rank == 0:
+        def predict(image):
+            return model(image.to(args.device, memory_format=torch.channels_last))
+
+        model.eval()
+        result, _ = evaluate(predict, loader, args.max_depth, name=f"epoch {epoch}, validation")
+        if not math.isfinite(result["rmse"]):
+            raise UserError(f"epoch {epoch}, validation: RMSE {result['rmse']}: lower --lr, or set --clip")
+    if distributed.is_initialized():
+        shared = [result]
+        distributed.broadcast_object_list(shared)
+        result = shared[0]
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run prints and writes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def run_folder(args, saved, rank):
+    """The folder of a run. If the run stops, says how to go on; without a whole epoch, no folder remains."""
+    if rank > 0:
+        yield None
+        return
+    out = Path(args.resume) if saved else claim_folder(args)
+    if saved:
+        keep_best(out, saved["history"])  # for a run killed between its two checkpoints
+    try:
+        yield out
+    except BaseException as error:
+        if (out / "last.pt").exists():
+            print(f"\nstopped; go on with: python train.py --resume {shlex.quote(str(out))}", flush=True)
+        elif isinstance(error, KeyboardInterrupt):
+            print("\nstopped before the first epoch was complete: nothing is kept", flush=True)
+        with suppress(OSError):  # not empty
+            out.rmdir()
+        raise
+
+
+def claim_folder(args):
+    """Make --out, which must be new or empty, or runs/MODEL-k with the first k that no run has taken."""
+    if args.out:
+        out = Path(args.out)
+        if out.exists() and not (out.is_dir() and all(".partial-" in file.name for file in out.iterdir())):
+            raise UserError(f"{out}: is not an empty folder: choose another --out, or --resume the run there")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for k in itertools.count(1):
+        out = Path("runs") / f"{args.model}-{k}"
+        with suppress(FileExistsError):
+            out.mkdir(parents=True)
+            return out
+
+
+def show_plan(args, out, history, model, train_set, val_loader, ranks):
+    """Print what is going to happen; returns the metrics of the mean-depth baseline."""
+    options = "".join(f" {key}={value}" for key, value in args.options.items())
+    size = count(model, *args.size)
+    print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}")
+    if ranks > 1:
+        print(f"          {ranks} processes, each with {args.batch_size // ranks} images of a batch")
+    sizes = f"{len(train_set)} train, {len(val_loader.dataset)} val"
+    print(f"data      {args.data} ({train_set.layout}): {sizes}")
+    print(f"images    {args.size[0]}x{args.size[1]} ({args.geometry}), augment {args.augment}")
+    if args.size != MODELS[args.model]["size"]:
+        print("          the network's own size is --size {} {}".format(*MODELS[args.model]["size"]))
+    print(f"network   {args.model}{options}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} "
+          f"GMACs, output 1/{model.output_stride}")
+    print(f"training  {args.loss}, {args.optimizer}, lr {args.lr:g}, {args.schedule}, seed {args.seed}; "
+          f"{args.epochs} epochs of {len(train_set) // args.batch_size} steps of {args.batch_size} images")
+    if history:
+        print(f"          {len(history)} epochs are done")
+    frames = copy.copy(train_set)
+    frames.augment = "none"
+    mean = mean_depth_baseline(frames, args.max_depth)
+    baseline, _ = evaluate(lambda image: mean.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
+    print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f}: "
+          "the mean depth of each pixel, without looking")
+    print(f"results   {out}\n")
+    print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds", flush=True)
+    return baseline
+
+
+def best_of(history):
+    """The epoch with the lowest validation RMSE."""
+    return min(history, key=lambda row: row["rmse"])
+
+
+def save(out, args, train_set, history, model, optimizer, scaler, scheduler):
+    """Write last.pt, and best.pt after the best epoch so far."""
+    frame = train_set.read(0)[1].shape
+    config = dict(model=args.model, options=args.options, size=args.size, geometry=args.geometry,
+                  max_depth=args.max_depth, frame=tuple(frame))
+    memory = io.BytesIO()  # torch.save itself hides the error of a full disk
+    torch.save(dict(
+        format=FORMAT,
+        config=config,
+        weights=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scheduler=scheduler.state_dict() if args.schedule == "plateau" else {},
+        scaler=scaler.state_dict(),
+        history=history,
+        best=best_of(history),
+        args={name: value for name, value in vars(args).items() if name not in START},
+    ), memory)
+    with whole_file(out / "last.pt") as f:
+        f.write(memory.getbuffer())
+    keep_best(out, history)
+
+
+def keep_best(out, history):
+    """Copy last.pt to best.pt if its epoch is the best."""
+    if best_of(history) is history[-1]:
+        with whole_file(out / "best.pt") as f:
+            f.write((out / "last.pt").read_bytes())
+
+
+def log(out, args, history, baseline):
+    """The last epoch as a line, all of them as log.csv and curves.png."""
+    row = history[-1]
+    print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} "
+          f"{row['d1']:7.4f} {row['d2']:7.4f} {row['d3']:7.4f} {row['seconds']:8.1f}", flush=True)
+    write_record(out, history, baseline)
     if args.tensorboard:
-        writer.add_image("samples", np.asarray(Image.open(out / "samples.png")), len(history), dataformats="HWC")
-        writer.close()
-    print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} ({best['rmse'] / trivial['rmse']:.2f} of the constant map's), d1 {best['d1']:.3f}")
-    print(f"pictures {out}/samples.png, curves {out}/curves.png; next: python eval.py {shlex.quote(f'{out}/best.pt')} --data {shlex.quote(args.data)}")
-    return best
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(out, purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
+
+
+def write_record(out, history, baseline):
+    """log.csv and curves.png of all epochs, written anew each time, so that they are whole after a resume."""
+    lines = [",".join(history[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in history]
+    with whole_file(out / "log.csv") as f:
+        f.write("\n".join([*lines, ""]).encode())
+    with whole_file(out / "curves.png") as f:
+        draw_curves(history, baseline).save(f, "PNG")
+
+
+def draw_curves(history, baseline):
+    """Training loss, validation RMSE and d1 by epoch; the grey line is the mean-depth baseline."""
+    sheet = Image.new("RGB", (1080, 240), "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, name in ((60, "loss"), (420, "rmse"), (780, "d1")):
+        values = [row[name] for row in history]
+        level = baseline.get(name, values[0])
+        low, high = min(level, *values), max(level, *values)
+        heights = [210 - 170 * (value - low) / max(high - low, 1e-9) for value in (*values, level)]
+        points = list(zip(torch.linspace(left, left + 285, len(values)).tolist(), heights))
+        draw.line([(left, heights[-1]), (left + 285, heights[-1])], fill="grey")
+        draw.line(points, fill=(182, 54, 122), width=2)
+        for x, y in points:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
+        draw.text((left, 10), f"{name}, epochs 1 to {len(values)}", fill="black")
+        draw.text((left - 50, 34), f"{high:.3f}", fill="black")
+        draw.text((left - 50, 204), f"{low:.3f}", fill="black")
+    return sheet
+
+
+def finish(out, args, history, baseline, val_set):
+    """Show what the best network sees, and what to do next."""
+    write_record(out, history, baseline)  # again, for a run that was killed before it did
+    network, _ = load_model(out / "best.pt")
+    sample_sheet(network, val_set, out / "samples.png", args.max_depth)
+    best = best_of(history)
+    print(f"best epoch {best['epoch']}: rmse {best['rmse']:.3f} (baseline {baseline['rmse']:.3f}), "
+          f"d1 {best['d1']:.3f} ({baseline['d1']:.3f})")
+    print(f"see {out}/samples.png and {out}/curves.png; next: python eval.py {shlex.quote(f'{out}/best.pt')} "
+          f"--data {shlex.quote(args.data)}", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    data.run_script(main, ModelError)

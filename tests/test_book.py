@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its names and tests exist, its figures are those of the code."""
+"""README.md and docs/ are true: their commands run, their names, flags, tests and links exist, their table is right."""
 import importlib
 import re
 import shlex
@@ -13,100 +13,137 @@ import torch
 from PIL import Image
 
 import export
-from model import build_model
+import train
+from model import MODELS, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = ("model", "data", "loss", "train", "eval", "export")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+SMALL = {"train.py": "--limit 8 --batch-size 4 --size 64 64 --workers 0".split(), "data.py": [], "eval.py": [],
+         "export.py": [], "model.py": []}
 
 
-def commands():
-    """Every `python SCRIPT.py ...` of the README's blocks, in reading order."""
-    lines = [line.partition(" #")[0].rpartition("&& ")[2].strip() for _, block in BLOCKS for line in block.splitlines()]
+def blocks(page):
+    """The (language, text) of a page's fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(page):
+    """Every `python SCRIPT.py ...` of a page's blocks, in reading order."""
+    lines = [line.partition(" #")[0].rpartition("&& ")[2].strip() for _, block in blocks(page)
+             for line in block.splitlines()]
     return [line for line in lines if line.startswith("python ")]
 
 
 def in_miniature(command):
-    """The script of a command, and its arguments with what makes it small; argparse takes the last of a flag that is given twice."""
+    """The script of a command, and its arguments with what makes it small: argparse takes a flag's last value."""
     script, *arguments = shlex.split(command)[1:]
-    small = {"train.py": "--rooms 16 --limit 8 --batch-size 4 --size 64 64 --epochs".split() + ["2" if "--resume" in arguments else "1"],
-             "data.py": ["--rooms", "8"] if "--rooms" in arguments else []}
-    return script.removesuffix(".py"), [*arguments, *small.get(script, [])]
+    arguments = [re.sub(r"^rooms:\d+", "rooms:16", argument) for argument in arguments]
+    small = list(SMALL[script])
+    if script == "train.py":
+        small += ["--epochs", "2" if "--resume" in arguments else "1"]
+    return script.removesuffix(".py"), [*arguments, *small]
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty folder with what the README takes for granted: somebody's NYU folder and photos."""
+    """An empty folder with what the pages take for granted: an NYU folder, photos, and few default rooms."""
     rng = np.random.default_rng(0)
     for folder in ("nyu/rgb", "nyu/depth", "photos"):
         (tmp_path / folder).mkdir(parents=True)
+    rows = ["frame,scene"]
     for i in range(20):
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / f"nyu/rgb/{i:05d}.jpg")
-        Image.fromarray(rng.integers(800, 8000, (48, 64)).astype(np.uint16)).save(tmp_path / f"nyu/depth/{i:05d}.png")
-    (tmp_path / "nyu/scenes.csv").write_text("frame,scene\n" + "".join(f"{i:05d},room_{i // 2:04d}\n" for i in range(20)))
+        depth = rng.integers(800, 8000, (48, 64)).astype(np.uint16)
+        Image.fromarray(depth).save(tmp_path / f"nyu/depth/{i:05d}.png")
+        rows.append(f"{i:05d},room_{i // 2:04d}")
+    (tmp_path / "nyu/scenes.csv").write_text("\n".join(rows) + "\n")
     Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photos/photo.jpg")
+    Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "ROOMS", 16)
     return tmp_path
 
 
-def test_every_command_runs_as_written_but_smaller(home, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_runs_as_written_but_smaller(page, home, monkeypatch):
     monkeypatch.setattr(export, "timed", lambda lanes: {name: (run(), 1.0, 1.0)[1:] for name, run in lanes.items()})
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # half a minute
-    found = [in_miniature(command) for command in commands()]
-    assert {script for script, _ in found} == set(SCRIPTS) - {"loss"}
-    for script, arguments in found:
+    for command in commands(page):
+        script, arguments = in_miniature(command)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
         main = importlib.import_module(script).main
         main() if script == "model" else main(arguments)
 
 
+def test_the_readme_shows_a_command_of_every_script():
+    assert {shlex.split(command)[1] for command in commands(PAGES[0])} == set(SMALL)
+
+
 def test_every_python_block_runs(home, monkeypatch):
-    """The OpenCV recipe on a camera of two pictures, with what it shows caught."""
+    """The OpenCV example sees a camera of two images, and what it shows is what PyTorch says of FastDepth's crop."""
     torch.manual_seed(0)
-    model, facts = build_model("fastdepth-pruned").eval(), dict(size=(224, 224), geometry="fastdepth", max_depth=10.0, model="fastdepth-pruned")
-    export.export_onnx(model, "best.onnx", (224, 224), facts)
-    pictures = [np.random.default_rng(k).integers(0, 256, (240, 320, 3), np.uint8) for k in range(2)]
-    frames, shown = iter([(True, picture) for picture in pictures] + [(False, None)]), []
-    monkeypatch.setattr(cv2, "VideoCapture", lambda device: SimpleNamespace(isOpened=lambda: True, read=lambda: next(frames)))
-    monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append(picture))
+    model = build_model("fastdepth-pruned").eval()
+    config = dict(model="fastdepth-pruned", options={}, size=(224, 224), geometry="fastdepth", max_depth=10.0,
+                  frame=(480, 640))
+    export.export_onnx(model, "best.onnx", (224, 224), config)
+    images = [np.random.default_rng(k).integers(0, 256, (480, 640, 3), np.uint8) for k in range(2)]
+    frames = iter([(True, image) for image in images] + [(False, None)])
+    shown = []
+    monkeypatch.setattr(cv2, "VideoCapture", lambda device: SimpleNamespace(isOpened=lambda: True,
+                                                                            read=lambda: next(frames)))
+    monkeypatch.setattr(cv2, "imshow", lambda title, image: shown.append(image))
     monkeypatch.setattr(cv2, "waitKey", lambda milliseconds: -1)
-    for block in [block for language, block in BLOCKS if language == "python"]:
-        exec(block, {})
-    for picture, depth in zip(pictures, shown, strict=True):
-        image = cv2.resize(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), (224, 224))
+    for page in PAGES:
+        for language, block in blocks(page):
+            if language == "python":
+                exec(block, {})
+    for image, depth in zip(images, shown, strict=True):
+        crop = cv2.cvtColor(image[21:459, 28:612], cv2.COLOR_BGR2RGB)  # what 228x304 of 250x333 leaves of 480x640
+        small = torch.from_numpy(cv2.resize(crop, (224, 224))).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
-            expected = model(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)[0, 0].numpy() / 10
-        assert depth.shape == (240, 320) and np.abs(cv2.resize(expected, (320, 240)) - depth).max() < 1e-3
+            expected = model(small)[0, 0].numpy() / 10
+        assert depth.shape == crop.shape[:2]
+        assert np.abs(cv2.resize(expected, crop.shape[1::-1]) - depth).max() < 1e-3
 
 
 def test_every_name_exists():
-    names = set(re.findall(r"`(model|data|loss|train|eval|export)\.((?!(?:py|txt|csv)\b)[A-Za-z_][\w.]*)", README))
-    assert len(names) > 40
+    names = set(re.findall(r"`(model|data|loss|train|eval|export)\.((?!(?:py|txt|csv)\b)[A-Za-z_][\w.]*)", TEXT))
+    assert len(names) > 30
     for module, path in names:
         value = importlib.import_module(module)
         for part in path.split("."):
-            assert hasattr(value, part), f"{module}.{path} is named in the README and does not exist"
+            assert hasattr(value, part), f"{module}.{path} is named in the pages and does not exist"
             value = getattr(value, part)
 
 
-def test_every_test_that_proves_something_exists():
-    written = {name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
-    named = set(re.findall(r"`(test_\w+)`", README))
-    assert len(named) > 15 and named <= written, named - written
+def test_every_test_that_is_named_exists():
+    files = (ROOT / "tests").glob("test_*.py")
+    written = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    named = set(re.findall(r"`(test_\w+)`", TEXT))
+    assert len(named) > 15
+    assert named <= written, named - written
+
+
+def test_every_flag_that_is_named_exists():
+    code = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    for flag in set(re.findall(r"`(--[a-z0-9-]+)", TEXT)):
+        assert f'"{flag}"' in code, flag
+
+
+def test_every_link_and_image_between_the_pages_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_table_of_networks_is_what_model_py_counts(capsys, monkeypatch):
     import model
     monkeypatch.setattr(sys, "argv", ["model.py"])
     model.main()
-    for line in capsys.readouterr().out.splitlines()[1:]:
-        name, size, stride, parameters, weights, gmacs = line.split()
-        row = next(row for row in README.splitlines() if row.startswith(f"| `{name}` |"))
-        assert all(f"| {cell} |" in row for cell in (size, stride, parameters, weights, gmacs)), row
-
-
-def test_every_flag_that_is_named_exists():
-    text = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
-    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
-        assert f'"{flag}"' in text, flag
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counted = {row[0]: row[1:] for row in rows if row and row[0] in MODELS}
+    assert counted.keys() == MODELS.keys()
+    for name, cells in counted.items():
+        row = next(row for row in PAGES[0].read_text().splitlines() if row.startswith(f"| `{name}` |"))
+        assert all(f"| {cell} |" in row for cell in cells), row

@@ -1,8 +1,12 @@
-"""Units, readers, splits, geometry and the command, on miniature data sets that each test writes for itself."""
+"""Units, images, geometry, augmentation, splits, mistakes and the command of data.py, on miniatures."""
+import argparse
+import os
 import pickle
+import signal
 import subprocess
 import sys
-import warnings
+import threading
+import time
 import zlib
 from pathlib import Path
 from unittest.mock import ANY
@@ -12,36 +16,39 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
 import data
-from data import colourise, jitter, open_dataset, progress, read_image, sampling_grid, tile, to_metres, valid_mask
-
-HDF5 = "HDF5 folders"
-PAIRED = {  # layout -> its files below the root, for a frame of a given name
-    "rgb + 16-bit png": ("rgb/{}.png", "depth/{}.png"),
-    "image + npy": ("image/{}.png", "depth/{}.npy"),
-    "color + npz": ("color/{}.png", "depth/{}.npz"),
-    "NAME_image + png": ("{}_image.png", "{}_depth.png"),
-    "NAME_image + npy": ("{}_image.png", "{}_depth.npy"),
-}
+from data import AUGMENTS, GEOMETRIES, UserError, open_dataset, run_script, sampling_grid, to_metres
 
 
 def frame(height=24, width=32, seed=0):
-    """A picture of noise, and depth in whole millimetres, so that every way of storing it is exact."""
+    """An image of noise, and depth in whole millimetres, so that every way of storing it is exact."""
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(500, 9000, (height, width)).astype(np.float32) / 1000
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    return image, rng.integers(500, 9000, (height, width)).astype(np.float32) / 1000
 
 
 def save(file, array):
-    """A picture, or depth in metres, stored as the file's name demands."""
+    """An image (uint8), raw depth (uint16) or depth in metres (float), stored as the file's name demands."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".npy":
         np.save(file, array)
     elif file.suffix == ".npz":
         np.savez(file, array)
     else:
-        Image.fromarray((array * 1000).round().astype(np.uint16) if array.dtype == np.float32 else array).save(file)
+        if array.dtype == np.float32:
+            array = (array * 1000).round().astype(np.uint16)
+        Image.fromarray(array).save(file)
+
+
+def save_pair(folder, name="0", **options):
+    """frame(**options) as folder/rgb/NAME.png and folder/depth/NAME.png; returns the folder."""
+    image, depth = frame(**options)
+    save(folder / f"rgb/{name}.png", image)
+    save(folder / f"depth/{name}.png", depth)
+    return folder
 
 
 def save_hdf5(file, image, depth):
@@ -50,22 +57,9 @@ def save_hdf5(file, image, depth):
         h5["rgb"], h5["depth"] = image.transpose(2, 0, 1), depth
 
 
-def write(root, layout=HDF5, names="0", folder="", **options):
-    """One frame for each name, below root/folder. HDF5 is the layout train/<scene>/*.h5."""
-    for seed, name in enumerate(names):
-        image, depth = frame(seed=seed, **options)
-        if layout == HDF5:
-            save_hdf5(root / (folder or "train/scene") / f"{name}.h5", image, depth)
-        else:
-            image_file, depth_file = PAIRED[layout]
-            save(root / folder / image_file.format(name), image)
-            save(root / folder / depth_file.format(name), depth)
-    return root
-
-
 def complains(about):
-    """The block raises a ValueError whose message is one line and matches `about`."""
-    return pytest.raises(ValueError, match=rf"\A[^\n]*{about}[^\n]*\Z")
+    """The block raises a UserError whose message is one line and matches `about`."""
+    return pytest.raises(UserError, match=rf"\A[^\n]*{about}[^\n]*\Z")
 
 
 def as_array(image):
@@ -73,28 +67,34 @@ def as_array(image):
     return (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def nothing_noted_yet():
+    data.note.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Units
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_float_depth_is_metres_and_what_is_not_finite_is_not_measured(dtype):
-    metres = to_metres(np.array([[1.5, 0, np.nan], [np.inf, -np.inf, 7.25]], dtype))
-    assert metres.dtype == np.float32 and metres.tolist() == [[1.5, 0, 0], [0, 0, 7.25]]
+    metres = to_metres(np.array([[1.5, 0, np.nan], [np.inf, -np.inf, 7.25], [-3, 2, 2]], dtype))
+    assert metres.dtype == np.float32 and metres.tolist() == [[1.5, 0, 0], [0, 0, 7.25], [0, 2, 2]]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1), (1, 2, 3)])
 def test_depth_may_have_a_channel_of_its_own(shape):
-    assert to_metres(np.arange(1, 7, dtype=np.float32).reshape(shape)).tolist() == [[1, 2, 3], [4, 5, 6]]
+    depth = np.arange(1, 7, dtype=np.float32)
+    assert to_metres(depth.reshape(shape)).tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("scale", [1000.0, 5000.0, 256.0])
 def test_integer_depth_is_divided_by_its_scale_and_0_and_65535_are_not_measured(dtype, scale):
-    metres = to_metres(np.array([[0, 65535], [1, 20000]], dtype), scale)
+    metres = to_metres(np.array([[0, 65535], [2000, 20000]], dtype), scale)
     assert metres.dtype == np.float32
-    np.testing.assert_allclose(metres, [[0, 0], [1 / scale, 20000 / scale]], rtol=1e-6)
+    np.testing.assert_allclose(metres, [[0, 0], [2000 / scale, 20000 / scale]], rtol=1e-6)
 
 
 def test_8_bit_depth_is_tenths_of_255_whatever_the_scale():
@@ -103,55 +103,339 @@ def test_8_bit_depth_is_tenths_of_255_whatever_the_scale():
     np.testing.assert_allclose(metres, [[0, 2, 10]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("raw, complaint", [
-    (np.zeros((4, 4), np.float32), "no pixel"),
-    (np.full((4, 4), np.nan), "no pixel"),
-    (np.full((4, 4), 65535, np.uint16), "no pixel"),
-    (np.zeros((4, 4), np.uint8), "no pixel"),
-    (np.full((4, 4), 1500.0), "millimetres"),
-    (np.full((4, 4, 3), 9, np.uint8), r"\(4, 4, 3\)"),
+@pytest.mark.parametrize("raw, scale, complaint", [
+    (np.zeros((4, 4), np.float32), 1000, "no pixel"),
+    (np.full((4, 4), np.nan), 1000, "no pixel"),
+    (np.full((4, 4), 65535, np.uint16), 1000, "no pixel"),
+    (np.zeros((4, 4), np.uint8), 1000, "no pixel"),
+    (np.full((4, 4), 1500.0), 1000, "1500 m: floats must be metres"),
+    (np.full((4, 4), 0.02), 1000, "0.02 m: floats must be metres"),
+    (np.full((4, 4), 1, np.uint8), 1000, "255 = 10 m"),
+    (np.full((4, 4), 1500, np.uint16), 1, r"1500 m: --depth-scale 1000 \(NYU, ScanNet\) would make it 1.5 m"),
+    (np.full((4, 4), 7500, np.uint16), 1e6, r"0.0075 m: .*--depth-scale 5000 \(TUM\) would make it 1.5 m"),
+    (np.full((4, 4), 65000, np.uint16), 1e9, "6.5e-05 m: .*--depth-scale"),
+    (np.full((4, 4), 5, np.uint16), 1000, "0.005 m: set --depth-scale"),
+    (np.full((4, 4, 3), 9, np.uint8), 1000, r"\(4, 4, 3\)"),
+    (np.full((1, 1, 4), 9, np.uint8), 1000, r"\(H, W\)"),
+    (np.array([["near", "far"]]), 1000, r"must be \(H, W\) numbers"),
 ])
-def test_depth_that_cannot_be_metres_is_refused_by_name(raw, complaint):
-    with complains(f"depth/7.png.*{complaint}"):
-        to_metres(raw, file="depth/7.png")
+def test_depth_that_cannot_be_metres_is_refused_by_name(raw, scale, complaint):
+    with complains(f"depth/7.png: .*{complaint}"):
+        to_metres(raw, scale, file="depth/7.png")
 
 
-def test_16_bit_depth_at_an_impossible_scale_points_to_the_flag():
-    with complains("7.png.*1500 m.*--depth-scale"):
-        to_metres(np.full((4, 4), 1500, np.uint16), scale=1, file="7.png")
+def test_a_few_measured_pixels_are_enough():
+    sparse = np.zeros((40, 50), np.uint16)
+    sparse[20, 7] = 1234
+    assert to_metres(sparse).max() == np.float32(1.234)
 
 
 @pytest.mark.parametrize("max_depth", [10.0, 80.0])
 def test_the_mask_is_finite_above_0_and_up_to_max_depth(max_depth):
     depth = np.array([np.nan, np.inf, -np.inf, -1, -0.0, 0, 1e-6, 3, 10, 10.001, 80, 81], np.float32)
-    with np.errstate(invalid="ignore"):
-        expected = ~np.isnan(depth) & (0 < depth) & (depth <= max_depth)
-    mask = valid_mask(torch.from_numpy(depth).view(1, 1, 3, 4), max_depth)
-    assert mask.dtype == torch.bool and mask.flatten().tolist() == expected.tolist()
+    mask = data.valid_mask(torch.from_numpy(depth).view(1, 1, 3, 4), max_depth)
+    expected = [bool(np.isfinite(d) and 0 < d <= max_depth) for d in depth]
+    assert mask.shape == (1, 1, 3, 4) and mask.dtype == torch.bool and mask.flatten().tolist() == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Readers
-# ------------------------------------------------------------------------------------------------------------------
+MILLIMETRES = np.random.default_rng(0).integers(1500, 4000, (24, 32)).astype(np.uint16)
 
 
-@pytest.mark.parametrize("folder", ["", "house/kitchen"])
-@pytest.mark.parametrize("layout", [HDF5, *PAIRED])
-def test_every_layout_gives_back_what_was_stored(tmp_path, layout, folder):
-    folder = f"train/{folder or 'scene'}" if layout == HDF5 else folder
-    ds = open_dataset(write(tmp_path, layout, "ab", folder), "all", size=None)
-    assert len(ds) == len(ds.files) == 2
-    for seed, (image, depth, index) in enumerate(ds[i] for i in range(2)):
-        expected_image, expected_depth = frame(seed=seed)
-        assert index == seed and Path(ds.files[index]).stem.startswith("ab"[index])
-        assert image.shape == (3, 24, 32) and image.dtype == torch.float32
-        assert depth.shape == (1, 24, 32) and depth.dtype == torch.float32
-        assert (as_array(image) == expected_image).all() and (depth[0].numpy() == expected_depth).all()
+@pytest.mark.parametrize("raw, scale, max_depth, said", [
+    (MILLIMETRES << 3 | MILLIMETRES >> 13, 1000, 10, "--depth-scale 8000 (SUN RGB-D) would make it 2."),
+    (MILLIMETRES * 10, 1000, 10, "--depth-scale 10000 (tenths of a millimetre) would make it 2."),
+    (MILLIMETRES * 5, 1000, 10, "--depth-scale 5000 (TUM) would make it 2."),
+    (MILLIMETRES * 5, 1000, 80, ""),
+    (MILLIMETRES, 1000, 10, ""),
+    (MILLIMETRES, 256, 80, ""),
+])
+def test_depth_of_an_unlikely_scale_is_said_once_with_the_likely_one(tmp_path, capsys, raw, scale, max_depth, said):
+    save(tmp_path / "rgb/0.png", frame()[0])
+    save(tmp_path / "depth/0.png", raw)
+    dataset = open_dataset(tmp_path, "all", depth_scale=scale)
+    data.check_scale(dataset, max_depth)
+    data.check_scale(dataset, max_depth)
+    printed = capsys.readouterr()
+    assert printed.out == "" and said in printed.err
+    assert printed.err.count("note: ") == printed.err.count("\n") == bool(said)
 
 
-def test_the_scale_of_16_bit_depth_can_be_chosen(tmp_path):
-    ds = open_dataset(write(tmp_path, "rgb + 16-bit png"), "all", size=None, depth_scale=5000.0)
-    np.testing.assert_allclose(ds[0][1][0], frame()[1] / 5, rtol=1e-6)
+# ------------------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------------------
+
+
+def stored(tmp_path, image, name="p.png", **options):
+    """A Pillow image as read_image reads it back."""
+    image.save(tmp_path / name, **options)
+    array = data.read_image(tmp_path / name)
+    assert array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
+    return array
+
+
+@pytest.mark.parametrize("suffix", data.IMAGE_SUFFIXES)
+def test_every_kind_of_image_is_read(tmp_path, suffix):
+    image = np.full((8, 16, 3), (200, 100, 50), np.uint8)
+    assert np.abs(stored(tmp_path, Image.fromarray(image), f"p{suffix}").astype(int) - image).max() < 4
+
+
+def test_grey_8_and_16_bit_images_become_rgb_of_the_same_brightness(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    for image in (grey, grey.astype(np.uint16) * 257):  # 257 = 65535 / 255
+        assert (stored(tmp_path, Image.fromarray(image)) == grey[..., None]).all()
+
+
+@pytest.mark.parametrize("mode, colour", [("RGBA", [200, 100, 50]), ("LA", [90])])
+def test_colours_hidden_under_transparent_pixels_do_not_show(tmp_path, mode, colour):
+    images = []
+    for hidden in (0, 255):
+        array = np.full((8, 8, len(mode)), hidden, np.uint8)
+        array[..., -1] = 0
+        array[2:5, 2:5] = [*colour, 255]
+        images.append(stored(tmp_path, Image.fromarray(array)))
+    assert (images[0] == images[1]).all() and (images[0][2:5, 2:5] == colour).all()
+
+
+def test_a_palette_is_looked_up_and_its_transparent_colour_does_not_show(tmp_path):
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
+    image.putpalette([9, 8, 7, 200, 10, 20, 30, 220, 40])
+    assert stored(tmp_path, image).tolist() == [[[9, 8, 7], [200, 10, 20]], [[30, 220, 40], [200, 10, 20]]]
+    array = stored(tmp_path, image, transparency=0)
+    assert array[0, 0].tolist() == [255, 255, 255] and array[1, 0].tolist() == [30, 220, 40]
+
+
+@pytest.mark.parametrize("orientation, upright", [
+    (3, lambda a: a[::-1, ::-1]),
+    (6, lambda a: np.rot90(a, -1)),
+    (8, np.rot90),
+])
+def test_a_camera_held_on_its_side_gives_an_upright_image(tmp_path, orientation, upright):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image = frame()[0]
+    assert (stored(tmp_path, Image.fromarray(image), exif=exif) == upright(image)).all()
+
+
+def test_an_image_too_large_to_be_honest_and_a_missing_one_are_named(tmp_path, monkeypatch):
+    save(tmp_path / "0.png", frame()[0])
+    with complains("1.png: no such file"):
+        data.read_image(tmp_path / "1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with complains("0.png: cannot be read as an image"):
+        data.read_image(tmp_path / "0.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Geometry: against Pillow, and against the geometry of a turned camera
+# ------------------------------------------------------------------------------------------------------------
+
+
+def seen(array, size, geometry="fastdepth", **move):
+    """What sampling_grid shows of an array, and its factor."""
+    rows, cols, factor = (t.numpy() for t in sampling_grid(*array.shape[:2], size, geometry, **move))
+    return array[rows, cols], factor
+
+
+def pillow_fastdepth(array, size=(224, 224)):
+    """The official transforms: Resize(250 / 480), CenterCrop(228, 304), Resize(224, 224), all nearest."""
+    image = Image.fromarray(array).resize((333, 250), Image.NEAREST)
+    left = round((333 - 304) / 2)
+    top = round((250 - 228) / 2)
+    return np.asarray(image.crop((left, top, left + 304, top + 228)).resize(size[::-1], Image.NEAREST))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (128, 128), (256, 320)])
+@pytest.mark.parametrize("height, width, crop", [
+    (480, 640, np.s_[:]),
+    (240, 320, np.s_[:]),
+    (720, 960, np.s_[:]),
+    (360, 640, np.s_[:, 80:560]),
+    (640, 480, np.s_[140:500]),
+    (304, 304, np.s_[38:266]),
+    (375, 1240, np.s_[:, 370:870]),
+])
+def test_the_fastdepth_geometry_is_that_of_the_official_transforms(height, width, crop, size):
+    """Other aspects are first cropped to 4:3 about the centre."""
+    for array in frame(height, width):
+        shown, factor = seen(array, size)
+        assert (shown == pillow_fastdepth(array[crop], size)).all() and (factor == 1).all()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (60, 80), (480, 640)])
+@pytest.mark.parametrize("height, width", [(480, 640), (240, 320), (120, 397)])
+def test_the_full_geometry_is_one_nearest_resize_of_the_whole_frame(height, width, size):
+    """Pillow's, but for 640 -> 224: there its rounding shifts 20 columns whose centres lie between two pixels."""
+    for array in frame(height, width):
+        shown = seen(array, size, "full")[0]
+        rows, cols = (torch.arange(n, dtype=torch.float32)[None, None] for n in (height, width))
+        rows, cols = (torch.nn.functional.interpolate(index, size=n, mode="nearest-exact")[0, 0].long()
+                      for index, n in zip((rows, cols), size))
+        assert (shown == array[rows[:, None], cols]).all()
+        if size != (224, 224):
+            assert (shown == np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST))).all()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_view_of_a_tensor_shows_what_the_data_set_shows(geometry):
+    image = frame(48, 64)[0]
+    shown = data.view(torch.from_numpy(image).permute(2, 0, 1)[None], [32, 48], geometry)
+    assert shown.shape == (1, 3, 32, 48)
+    assert (shown[0].permute(1, 2, 0).numpy() == seen(image, (32, 48), geometry)[0]).all()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("size", [(224, 224), (48, 64)])
+def test_a_horizontal_flip_is_exact_to_the_pixel(geometry, size):
+    depth = frame(240, 320)[1]
+    assert (seen(depth, size, geometry, flip=True)[0] == seen(depth, size, geometry)[0][:, ::-1]).all()
+
+
+def test_a_zoom_of_2_shows_the_middle_twice_as_large_and_divides_depth_by_2():
+    depth = frame(48, 64)[1]
+    shown, factor = seen(depth, (48, 64), "full", zoom=2.0)
+    assert (shown == depth[12:36, 16:48].repeat(2, 0).repeat(2, 1)).all() and (factor == 0.5).all()
+
+
+def test_a_roll_of_90_degrees_is_a_quarter_turn():
+    depth = frame(64, 64)[1]
+    shown, factor = seen(depth, (64, 64), "full", roll=90.0)
+    assert (shown == np.rot90(depth)).all() and (factor == 1).all()
+
+
+def offsets(height, width, size, geometry):
+    """x and y of each output pixel's centre from the middle of the frame, in pixels of the frame."""
+    shown = (height * 228 / 250, width * 304 / 333) if geometry == "fastdepth" else (height, width)
+    y, x = ((np.arange(n) + 0.5) * length / n - length / 2 for n, length in zip(size, shown))
+    return np.meshgrid(x, y)
+
+
+@pytest.mark.parametrize("geometry, rounding", [("full", 0.501), ("fastdepth", 1.5)])
+@pytest.mark.parametrize("flip, zoom, roll", [(False, 1.0, 5.0), (True, 1.5, -5.0), (True, 1.2, 30.0)])
+def test_roll_zoom_and_flip_act_on_square_pixels_and_never_shear(geometry, rounding, flip, zoom, roll):
+    x, y = offsets(240, 320, (48, 64), geometry)
+    if flip:
+        x = -x
+    cos, sin = np.cos(np.radians(roll)), np.sin(np.radians(roll))
+    rows, cols, factor = (t.numpy() for t in sampling_grid(240, 320, (48, 64), geometry, flip, zoom, roll))
+    inside = factor > 0
+    assert np.abs(cols + 0.5 - 160 - (cos * x - sin * y) / zoom)[inside].max() < rounding
+    assert np.abs(rows + 0.5 - 120 - (sin * x + cos * y) / zoom)[inside].max() < rounding
+    assert np.allclose(factor[inside], 1 / zoom)
+
+
+def test_what_a_roll_uncovers_is_not_measured_and_nothing_else():
+    """It is what a rectangle does not share with itself turned; the margin of FastDepth's crop is used first."""
+    full = seen(frame(240, 320)[1], (240, 320), "full", roll=30.0)[1]
+    turned = Image.new("L", (320, 240), 255).rotate(30, Image.NEAREST)
+    assert ((full > 0) == (np.asarray(turned) > 0)).mean() > 0.995
+    crop = seen(frame(480, 640)[1], (228, 304), roll=5.0)[1]
+    turned = Image.new("L", (304, 228), 255).rotate(5, Image.NEAREST)
+    assert (crop > 0).mean() > (np.asarray(turned) > 0).mean() + 0.01
+
+
+def turn_matrix(roll=0, yaw=0, pitch=0, **_):
+    """Right-handed rotations by degrees about x (right), then y (down), then z (ahead)."""
+    (cx, cy, cz), (sx, sy, sz) = (f(np.radians([pitch, yaw, roll])) for f in (np.cos, np.sin))
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
+@pytest.mark.parametrize("geometry, size, tolerance", [
+    ("full", (480, 640), 0.002),
+    ("full", (96, 64), 0.002),
+    ("fastdepth", (224, 224), 0.01),
+])
+@pytest.mark.parametrize("move", [dict(yaw=6.0), dict(pitch=6.0), dict(roll=5.0), dict(roll=-4.0, yaw=-5.0, pitch=6.0),
+                                  dict(flip=True, roll=5.0, yaw=-6.0, pitch=-6.0)], ids=str)
+def test_a_turned_camera_sees_a_tilted_plane_at_its_exact_depth(geometry, size, tolerance, move):
+    """On the plane normal . p = 2, a ray r with r_z = 1 ends at depth 2 / normal . r. Sampling is by nearest."""
+    focal = 0.81 * 640
+    normal = np.array([0.3, -0.4, 0.8])
+
+    def plane(x, y, turn):
+        rays = np.stack([x / focal, y / focal, np.ones_like(x)], -1) @ turn.T
+        return 2 / (rays @ normal), rays
+
+    stored = plane(*offsets(480, 640, (480, 640), "full"), np.eye(3))[0]
+    shown, factor = seen(stored, size, geometry, **move)
+    x, y = offsets(480, 640, size, geometry)
+    exact, rays = plane(-x if "flip" in move else x, y, turn_matrix(**move))
+    inside = factor > 0
+    assert inside.mean() > 0.75
+    assert np.abs(shown * factor / exact - 1)[inside].max() < tolerance
+    if geometry == "full":
+        ahead = np.abs(rays[..., :2] / rays[..., 2:]) < np.array([320, 240]) / focal
+        assert (inside == ahead.all(-1)).mean() > 0.99
+
+
+def test_an_unknown_geometry_is_refused():
+    with complains("'square'.*fastdepth, full"):
+        sampling_grid(48, 64, (32, 32), "square")
+
+
+def config(size, geometry="fastdepth", frame=(480, 640)):
+    return dict(size=size, geometry=geometry, frame=frame)
+
+
+@pytest.mark.parametrize("trained, frame, focal, size, factor", [
+    (config((224, 224)), (480, 640), 0.81 * 640, (256, 256), 1.043),  # exactly 246x246
+    (config((128, 128)), (480, 640), 0.81 * 640, (128, 128), 0.912),  # exactly 140x140
+    (config((224, 224)), (2400, 3200), 0.81 * 3200, (256, 256), 1.043),  # more pixels change nothing
+    (config((224, 224)), (480, 640), 2 * 0.81 * 640, (128, 128), 1.043),  # twice the focal length: half the size
+    (config((480, 640), "full"), (480, 640), 0.81 * 640, (480, 640), 1.0),
+    (config((480, 640), "full"), (480, 640), 0.9 * 0.81 * 640, (544, 704), (544 / 480 * 704 / 640) ** 0.5 * 0.9),
+    (config((224, 224)), (20, 20), 9000.0, (32, 32), ANY),
+])
+def test_whole_images_are_shown_at_the_focal_length_of_training(trained, frame, focal, size, factor):
+    assert data.whole_image_size(frame, focal, trained) == size
+    assert data.depth_factor(focal, frame, size, "full", trained) == (factor if factor is ANY
+                                                                      else pytest.approx(factor, abs=5e-4))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_is_shown_as_in_training_needs_no_factor(geometry):
+    trained = config((224, 288), geometry)
+    assert data.depth_factor(0.81 * 640, (480, 640), (224, 288), geometry, trained) == pytest.approx(1)
+    assert data.depth_factor(0.81 * 640, (480, 640), (448, 576), geometry, trained) == pytest.approx(2)
+
+
+def test_focal_lengths_are_those_of_the_shown_pixels():
+    assert data.focal_lengths(500, (480, 640), (240, 160), "full") == pytest.approx((250, 125))
+    fy, fx = data.focal_lengths(500, (480, 640), (224, 224), "fastdepth")
+    assert fy == pytest.approx(500 * 250 / 480 * 224 / 228) and fx == pytest.approx(500 * 333 / 640 * 224 / 304)
+    assert data.trained_focal(config((224, 224))) == pytest.approx((fy * 1.0368, fx * 1.0368))  # 0.81 x 640 = 518.4
+    assert data.visible_size(375, 1242, "full") == (375, 1242)
+    assert data.visible_size(375, 1242, "fastdepth") == pytest.approx((375 * 228 / 250, 500 * 304 / 333))
+
+
+def test_a_smaller_image_is_antialiased_and_a_larger_one_is_never_made():
+    checkers = (np.indices((64, 96)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    small = data.shrink(checkers, 0.25)
+    assert small.shape == (16, 24, 3) and small.dtype == np.uint8
+    assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() < 3
+    assert data.shrink(checkers, 1.0) is checkers and data.shrink(checkers, 2.0) is checkers
+    assert data.shrink(checkers, 0.001).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("height, width, geometry, said", [
+    (375, 1242, "fastdepth", "shows 91% of the height and 37% of the width of 375x1242 frames: --geometry full --size 128 416"),
+    (640, 480, "fastdepth", "51% of the height and 91% of the width"),
+    (375, 1242, "full", ""),
+    (480, 640, "fastdepth", ""),
+    (720, 1280, "fastdepth", ""),
+])
+def test_a_crop_that_hides_more_than_a_third_is_said_with_a_legal_size(tmp_path, capsys, height, width, geometry, said):
+    save_pair(tmp_path, height=height, width=width)
+    data.check_crop(open_dataset(tmp_path, "all", geometry=geometry), (224, 224))
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == bool(said)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The data set and its augmentation
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("height, width", [(12, 16), (48, 64), (30, 40)])
@@ -170,140 +454,143 @@ def test_depth_of_another_aspect_is_refused_with_both_sizes(tmp_path):
         open_dataset(tmp_path, "all")[0]
 
 
-def keep(share):
-    return lambda file: file.write_bytes(file.read_bytes()[:int(share * file.stat().st_size)])
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
+def test_an_item_is_an_image_in_0_to_1_and_metres_with_0_for_not_measured(tmp_path, size, augment):
+    image, depth = frame(48, 64)
+    depth[10:30, 20:40] = np.nan
+    save(tmp_path / "rgb/0.png", image)
+    save(tmp_path / "depth/0.npy", depth)
+    image, depth, index = open_dataset(tmp_path, "all", size=size, augment=augment)[0]
+    assert image.shape == (3, *size) and depth.shape == (1, *size) and index == 0
+    assert image.dtype == depth.dtype == torch.float32
+    assert 0 <= image.min() < 0.2 and 0.8 < image.max() <= 1
+    assert 0 < depth.eq(0).float().mean() < 0.5 and depth.isfinite().all() and depth[depth > 0].min() >= 0.5 / 1.5
 
 
-def junk(file):
-    file.write_text("not what the name says\n" * 99)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_an_item_is_its_draw_applied_to_image_and_depth_alike(tmp_path, augment, geometry):
+    image, depth = frame(60, 80)
+    dataset = open_dataset(save_pair(tmp_path, height=60, width=80), "all", (48, 64), augment, geometry)
+    for dataset.epoch in range(8):
+        move, colour = dataset.draw(0)
+        rows, cols, factor = sampling_grid(60, 80, (48, 64), geometry, **move)
+        expected = torch.from_numpy(image[rows, cols]).permute(2, 0, 1) / 255 * (factor > 0)
+        if colour is not None:
+            expected = data.colour_jitter(expected, *colour)
+        shown, metres, _ = dataset[0]
+        assert torch.equal(shown, expected) and torch.equal(metres[0], torch.from_numpy(depth[rows, cols]) * factor)
 
 
-def drop(key):
-    def damage(file):
-        with h5py.File(file, "a") as h5:
-            del h5[key]
-    return damage
+def test_without_a_size_nothing_is_augmented(tmp_path):
+    image, depth, _ = open_dataset(save_pair(tmp_path), "all", size=None, augment=True)[0]
+    assert (as_array(image) == frame()[0]).all() and (depth[0].numpy() == frame()[1]).all()
 
 
-@pytest.mark.parametrize("layout, name", [
-    (HDF5, "train/scene/0.h5"),
-    ("rgb + 16-bit png", "rgb/0.png"),
-    ("rgb + 16-bit png", "depth/0.png"),
-    ("image + npy", "depth/0.npy"),
-    ("color + npz", "depth/0.npz"),
+COLOURS = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4))
+TURN = dict(yaw=(-6, 6), pitch=(-6, 6))
+
+
+@pytest.mark.parametrize("augment, ranges", [
+    ("none", {}),
+    ("flip", dict(flip=(0, 1))),
+    ("colour", dict(flip=(0, 1), roll=(-5, 5), **COLOURS)),
+    ("camera", dict(flip=(0, 1), roll=(-5, 5), **TURN, **COLOURS)),
+    ("paper", dict(flip=(0, 1), roll=(-5, 5), zoom=(1, 1.5), **COLOURS)),
 ])
-@pytest.mark.parametrize("damage", [junk, keep(0), keep(0.1), keep(0.5), keep(0.9)], ids="junk 0 0.1 0.5 0.9".split())
-def test_a_damaged_file_is_named(tmp_path, layout, name, damage):
-    ds = open_dataset(write(tmp_path, layout), "all")
-    damage(tmp_path / name)
-    with complains(name):
-        ds[0]
+def test_an_augmentation_draws_its_numbers_evenly_and_apart_from_each_other(tmp_path, augment, ranges):
+    dataset = open_dataset(save_pair(tmp_path), "all", augment=augment)
+    draws = []
+    for dataset.epoch in range(400):
+        move, colour = dataset.draw(0)
+        draws.append(dict(move, **dict(zip(COLOURS, colour or ()))))
+    assert set(draws[0]) == set(ranges)
+    for name, (low, high) in ranges.items():
+        values = np.array([draw[name] for draw in draws])
+        assert low <= values.min() < low + 0.03 * (high - low) and high - 0.03 * (high - low) < values.max() <= high
+        assert values.mean() == pytest.approx((low + high) / 2, abs=0.1 * (high - low))
+    table = np.array([list(draw.values()) for draw in draws], float)
+    if len(ranges) > 1:
+        assert np.abs(np.corrcoef(table.T) - np.eye(len(ranges))).max() < 0.2
 
 
-@pytest.mark.parametrize("key", ["rgb", "depth"])
-def test_an_hdf5_file_without_one_of_its_keys_is_named(tmp_path, key):
-    drop(key)(write(tmp_path) / "train/scene/0.h5")
-    with complains(f"0.h5.*{key}"):
-        open_dataset(tmp_path, "all")[0]
+def test_a_draw_depends_on_seed_epoch_and_index_alone_and_on_each_of_them(tmp_path):
+    for name in "01":
+        save_hdf5(tmp_path / f"train/scene/{name}.h5", *frame())  # the same frame under two numbers
+
+    def item(seed, epoch, index):
+        dataset = open_dataset(tmp_path, "all", size=(32, 32), augment=True, seed=seed)
+        dataset.epoch = epoch
+        torch.rand(1), dataset[0]  # what was drawn or read before does not matter
+        return torch.cat(dataset[index][:2])
+
+    assert torch.equal(item(3, 2, 1), item(3, 2, 1))
+    keys = [(0, 2, 0), (1, 1, 0), (2, 0, 0), (1, 11, 0), (11, 1, 0), (1, 1, 1), (-1, 1, 1)]
+    assert len({item(*key).numpy().tobytes() for key in keys}) == len(keys)  # no sum of two of them decides
 
 
-@pytest.mark.parametrize("key, shape, dtype", [
-    ("rgb", (24, 32), np.uint8),
-    ("rgb", (24, 32, 3), np.uint8),
-    ("rgb", (3, 24, 32), np.float32),
-    ("depth", (3, 24, 32), np.float32),
-    ("depth", (24, 28), np.float32),
-])
-def test_an_hdf5_file_with_another_shape_or_type_is_named(tmp_path, key, shape, dtype):
-    file = write(tmp_path) / "train/scene/0.h5"
-    drop(key)(file)
-    with h5py.File(file, "a") as h5:
-        h5[key] = np.ones(shape, dtype)
-    with complains("0.h5"):
-        open_dataset(tmp_path, "all")[0]
+def test_the_jitter_is_that_of_torchvision():
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(data.colour_jitter(image, 1, 1, 1), image, atol=1e-6)
+    for brightness, contrast, saturation in ((0.6, 1.2, 1.4), (1.4, 1.4, 0.6), (1.1, 0.6, 0.8)):
+        expected = TF.adjust_contrast(TF.adjust_brightness(image, brightness), contrast)
+        expected = TF.adjust_saturation(expected, saturation)
+        jittered = data.colour_jitter(image, brightness, contrast, saturation)
+        assert torch.allclose(jittered, expected, atol=2e-3)  # torchvision rounds 0.299 to 0.2989
 
 
-@pytest.mark.parametrize("layout, name", [("rgb + 16-bit png", "depth/0.png"), ("image + npy", "depth/0.npy")])
-def test_depth_without_a_measured_pixel_is_named(tmp_path, layout, name):
-    save(write(tmp_path, layout) / name, np.zeros((24, 32), np.float32))
-    with complains(f"{name}.*no pixel"):
-        open_dataset(tmp_path, "all")[0]
+def test_any_number_of_workers_gives_the_same_batches(tmp_path):
+    for seed in range(6):
+        save_pair(tmp_path, str(seed), seed=seed)
+    dataset = open_dataset(tmp_path, "all", size=(32, 32), augment="camera")
+    for dataset.epoch in (0, 1):
+        alone, together = (list(DataLoader(dataset, batch_size=3, num_workers=n)) for n in (0, 2))
+        assert len(alone) == 2 and alone[0][0].shape == (3, 3, 32, 32)
+        assert all(torch.equal(a, b) for one, two in zip(alone, together) for a, b in zip(one, two))
 
 
-def test_a_missing_folder_and_an_unknown_layout_are_named(tmp_path):
-    with complains("nowhere.*no such file or folder"):
-        open_dataset(tmp_path / "nowhere", "train")
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "a.txt").write_text("dear reader")
-    with complains("letters.*layout"):
-        open_dataset(tmp_path / "letters", "train")
+@pytest.mark.parametrize("layout", ["pairs", "hdf5"])
+def test_a_data_set_pickles_even_after_it_was_read(tmp_path, layout):
+    if layout == "pairs":
+        save_pair(tmp_path)
+    else:
+        save_hdf5(tmp_path / "train/scene/0.h5", *frame())
+    dataset = open_dataset(tmp_path, "all", size=(32, 32), augment=True)
+    before, copy = dataset[0], pickle.loads(pickle.dumps(dataset))
+    assert copy.files == dataset.files and all(torch.equal(a, b) for a, b in zip(before[:2], copy[0][:2]))
 
 
-def stored(tmp_path, picture, **options):
-    picture.save(tmp_path / "p.png", **options)
-    array = read_image(tmp_path / "p.png")
-    assert array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
-    return array
+def test_data_is_opened_and_loaded_off_the_main_thread(tmp_path):
+    save_pair(tmp_path)
+    batches = []
+
+    def load():
+        dataset = open_dataset(tmp_path, "all", (32, 32), augment=True)
+        batches.extend(DataLoader(dataset, num_workers=1, worker_init_fn=data.worker_init))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join(60)
+    assert len(batches) == 1
 
 
-def test_grey_8_and_16_bit_pictures_become_rgb_of_the_same_brightness(tmp_path):
-    grey = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    for picture in (grey, grey.astype(np.uint16) * 257):  # 257 = 65535 / 255
-        assert (stored(tmp_path, Image.fromarray(picture)) == grey[..., None]).all()
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_colours_hidden_under_transparent_pixels_do_not_show(tmp_path, mode):
-    shown = []
-    for hidden in (0, 255):
-        picture = np.full((8, 8, len(mode)), hidden, np.uint8)
-        picture[..., -1] = 0
-        picture[2:5, 2:5] = [200, 100, 50, 255] if mode == "RGBA" else [90, 255]
-        shown.append(stored(tmp_path, Image.fromarray(picture)))
-    assert (shown[0] == shown[1]).all()
-    assert (shown[0][2:5, 2:5] == ([200, 100, 50] if mode == "RGBA" else [90] * 3)).all()
-
-
-def test_a_palette_is_looked_up_and_its_transparent_colour_does_not_show(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
-    picture.putpalette([9, 8, 7, 200, 10, 20, 30, 220, 40])
-    assert stored(tmp_path, picture).tolist() == [[[9, 8, 7], [200, 10, 20]], [[30, 220, 40], [200, 10, 20]]]
-    array = stored(tmp_path, picture, transparency=0)
-    assert array[0, 0].tolist() != [9, 8, 7] and array[1, 0].tolist() == [30, 220, 40]
-
-
-@pytest.mark.parametrize("orientation, upright", [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (8, np.rot90)])
-def test_a_camera_held_on_its_side_gives_an_upright_picture(tmp_path, orientation, upright):
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    assert (stored(tmp_path, Image.fromarray(frame()[0]), exif=exif) == upright(frame()[0])).all()
-
-
-def test_a_picture_too_large_to_be_honest_and_a_missing_one_are_named(tmp_path, monkeypatch):
-    save(tmp_path / "0.png", frame()[0])
-    with complains("1.png"):
-        read_image(tmp_path / "1.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with complains("0.png"):
-        read_image(tmp_path / "0.png")
-
-
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def split_names(root, **options):
+def split_names(root):
     """The names of the frames of each split that is not empty."""
     names = {}
     for split in ("train", "val", "test", "all"):
         try:
-            ds = open_dataset(root, split, **options)
-        except ValueError as error:
+            dataset = open_dataset(root, split)
+        except UserError as error:
             assert str(root) in str(error) and split in str(error) and "\n" not in str(error)
         else:
-            assert len(ds) == len(ds.files) > 0
-            names[split] = [Path(file).stem.removesuffix("_image") for file in ds.files]
+            assert len(dataset) == len(dataset.files) > 0
+            names[split] = [Path(file).stem for file in dataset.files]
     parts = [name for split in ("train", "val", "test") for name in names.get(split, [])]
     assert sorted(parts) == sorted(names["all"])  # none twice, none lost
     return names
@@ -316,411 +603,320 @@ def held_out(scene):
 SCENES = [f"kitchen_{i:04d}" for i in range(12)]
 
 
-@pytest.mark.parametrize("layout", ["scenes.csv", "folders", HDF5])
+@pytest.mark.parametrize("layout", ["scenes.csv", "folders", "hdf5"])
 def test_whole_scenes_are_held_out_by_their_checksum(tmp_path, layout):
     scene_of = {f"{i:03d}": SCENES[i // 2] for i in range(24)}
-    if layout == "scenes.csv":
-        write(tmp_path, "rgb + 16-bit png", scene_of)
-        (tmp_path / "scenes.csv").write_text("frame,scene\n" + "".join(f"{name},{scene}\n" for name, scene in scene_of.items()))
     for name, scene in scene_of.items():
-        if layout == "folders":
-            write(tmp_path, "rgb + 16-bit png", [name], scene)
-        elif layout == HDF5:
-            write(tmp_path, HDF5, [name], f"train/{scene}")
+        if layout == "hdf5":
+            save_hdf5(tmp_path / "train" / scene / f"{name}.h5", *frame())
+        else:
+            save_pair(tmp_path / (scene if layout == "folders" else ""), name)
+    if layout == "scenes.csv":
+        rows = "".join(f"{name},{scene}\n" for name, scene in scene_of.items())
+        (tmp_path / "scenes.csv").write_text("frame,scene\n" + rows)
     names = split_names(tmp_path)
     assert set(names["val"]) == {name for name, scene in scene_of.items() if held_out(scene)}
     assert set(names) == {"train", "val", "all"}
 
 
-@pytest.mark.parametrize("layout", PAIRED)
-def test_without_scenes_the_last_fifth_of_the_names_is_held_out(tmp_path, layout):
-    names = split_names(write(tmp_path, layout, "jihgfedcba"))
-    assert sorted(names["train"]) == list("abcdefgh") and sorted(names["val"]) == list("ij")
+def test_of_two_scenes_one_is_held_out_whole_though_the_checksum_holds_out_none_or_both(tmp_path):
+    chosen = [name for name in map("scene{:04d}".format, range(40)) if held_out(name)][:2]
+    others = [name for name in map("scene{:04d}".format, range(40)) if not held_out(name)][:2]
+    for case, scenes in (("none", others), ("both", chosen)):
+        for scene in scenes:
+            save_pair(tmp_path / case / scene, f"{scene}-1")
+            save_pair(tmp_path / case / scene, f"{scene}-2")
+        assert split_names(tmp_path / case)["val"] == [f"{scenes[1]}-1", f"{scenes[1]}-2"]
 
 
-@pytest.mark.parametrize("layout", [HDF5, "rgb + 16-bit png"])
+def test_without_scenes_the_last_fifth_of_the_names_is_held_out(tmp_path):
+    for name in "jihgfedcbak":
+        save_pair(tmp_path, name)
+    names = split_names(tmp_path)
+    assert names["train"] == list("abcdefghi") and names["val"] == list("jk")
+
+
+@pytest.mark.parametrize("layout", ["pairs", "hdf5"])
 @pytest.mark.parametrize("parts", [("train", "val"), ("train", "val", "test")])
 def test_a_folder_with_its_own_parts_keeps_them(tmp_path, layout, parts):
     for part in parts:
-        write(tmp_path, layout, [f"{part}-{i}" for i in range(4)], f"{part}/rooms")
+        for i in range(4):
+            if layout == "pairs":
+                save_pair(tmp_path / part / "rooms", f"{part}-{i}")
+            else:
+                save_hdf5(tmp_path / part / "rooms" / f"{part}-{i}.h5", *frame())
     assert split_names(tmp_path) == {part: [f"{part}-{i}" for i in range(4)] for part in parts} | {"all": ANY}
 
 
-def test_the_official_frames_of_fastdepth_are_only_ever_test(tmp_path):
+def test_an_official_test_part_is_only_ever_test(tmp_path):
     for scene in SCENES:
-        write(tmp_path, HDF5, [scene], f"train/{scene}")
-    write(tmp_path, HDF5, "xyz", "val/official")
-    names = split_names(tmp_path)
-    assert sorted(names["test"]) == list("xyz")
-    assert names["val"] and set(names["val"]) == {scene for scene in SCENES if held_out(scene)}
+        save_hdf5(tmp_path / "fastdepth/train" / scene / f"{scene}.h5", *frame())
+        save_pair(tmp_path / "pairs/train" / scene, scene)
+    save_hdf5(tmp_path / "fastdepth/val/official/x.h5", *frame())  # FastDepth's name for NYU's test frames
+    save_pair(tmp_path / "pairs/test/cellar", "x")
+    for root in ("fastdepth", "pairs"):
+        names = split_names(tmp_path / root)
+        assert names["test"] == ["x"]
+        assert names["val"] and set(names["val"]) == {scene for scene in SCENES if held_out(scene)}
 
 
-def test_an_unknown_split_is_refused(tmp_path):
-    with complains("'validation'.*train, val, test, all"):
-        open_dataset(write(tmp_path), "validation")
+@pytest.mark.parametrize("choice, options", [
+    ("'validation'.*train, val, test, all", dict(split="validation")),
+    ("'flips'.*none, flip, colour, camera, paper", dict(augment="flips")),
+    ("'square'.*fastdepth, full", dict(geometry="square")),
+])
+def test_an_unknown_choice_is_refused_with_the_known_ones(tmp_path, choice, options):
+    with complains(choice):
+        open_dataset(save_pair(tmp_path), **{"split": "all", **options})
 
 
-def test_an_unknown_augmentation_is_refused(tmp_path):
-    with complains("'flips'.*none, flip, colour, paper"):
-        open_dataset(write(tmp_path), "all", augment="flips")
+@pytest.mark.parametrize("split, complaint", [
+    ("val", r"its val split is empty \(paired folders: 4 train\): at least 5 pairs are needed to hold some out"),
+    ("test", r"its test split is empty \(paired folders: 4 train\)"),
+])
+def test_an_empty_split_says_what_there_is_and_that_fewer_than_5_pairs_are_too_few(tmp_path, split, complaint):
+    for name in "abcd":
+        save_pair(tmp_path, name)
+    with complains(f"{tmp_path}: {complaint}$"):
+        open_dataset(tmp_path, split)
 
 
 @pytest.mark.parametrize("limit", [1, 4, 8, 12, 99])
 def test_a_limit_chooses_evenly_over_the_whole_split(tmp_path, limit):
-    names = "abcdefghijkl"
-    files = open_dataset(write(tmp_path, HDF5, names), "all", limit=limit).files
-    chosen = [names.index(Path(file).stem) for file in files]
-    assert len(chosen) == min(limit, 12) and chosen == sorted(set(chosen))
+    for i in range(12):
+        save_pair(tmp_path, f"{i:02d}")
+    chosen = [int(Path(file).stem) for file in open_dataset(tmp_path, "all", limit=limit).files]
+    assert chosen[0] == 0 and len(chosen) == min(limit, 12) and chosen == sorted(set(chosen))
     assert abs(sum(i < 6 for i in chosen) - sum(i >= 6 for i in chosen)) <= 1
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Geometry: against PIL
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Images for people
+# ------------------------------------------------------------------------------------------------------------
 
 
-def pil_fastdepth(array, size=(224, 224)):
-    """The official transforms: Resize(250 / 480), CenterCrop(228, 304), Resize(224, 224), all nearest."""
-    picture = Image.fromarray(array).resize((333, 250), Image.NEAREST)
-    left, top = int(round((333 - 304) / 2)), int(round((250 - 228) / 2))
-    return np.asarray(picture.crop((left, top, left + 304, top + 228)).resize(size[::-1], Image.NEAREST))
-
-
-def through_dataset(tmp_path, image, depth, **options):
-    save(tmp_path / "rgb/0.png", image)
-    save(tmp_path / "depth/0.npy", depth)
-    image, depth, _ = open_dataset(tmp_path, "all", **options)[0]
-    return as_array(image), depth[0].numpy()
-
-
-@pytest.mark.parametrize("size", [(224, 224), (256, 320)])
-@pytest.mark.parametrize("height, width", [(480, 640), (240, 320), (720, 960)])
-def test_the_fastdepth_geometry_is_that_of_the_official_transforms(tmp_path, height, width, size):
-    image, depth = frame(height, width)
-    got_image, got_depth = through_dataset(tmp_path, image, depth, size=size)
-    assert (got_image == pil_fastdepth(image, size)).all() and (got_depth == pil_fastdepth(depth, size)).all()
-
-
-@pytest.mark.parametrize("height, width, crop", [
-    (360, 640, np.s_[:, 80:560]),
-    (640, 480, np.s_[140:500]),
-    (304, 304, np.s_[38:266]),
-    (375, 1240, np.s_[:, 370:870]),
-])
-def test_other_aspects_are_first_cropped_to_4_3_about_the_centre(tmp_path, height, width, crop):
-    image, depth = frame(height, width)
-    assert depth[crop].shape[1] * 3 == depth[crop].shape[0] * 4
-    got_image, got_depth = through_dataset(tmp_path, image, depth)
-    assert (got_image == pil_fastdepth(image[crop])).all() and (got_depth == pil_fastdepth(depth[crop])).all()
-
-
-@pytest.mark.parametrize("size", [(224, 224), (256, 256), (60, 80), (480, 640)])
-@pytest.mark.parametrize("height, width", [(480, 640), (240, 320), (120, 397)])
-def test_the_full_geometry_is_one_nearest_resize_of_the_whole_frame(tmp_path, height, width, size):
-    """Of PIL, but for 640 -> 224: there PIL's rounding shifts 20 columns, whose middles fall on the border of two pixels."""
-    for got, array in zip(through_dataset(tmp_path, *frame(height, width), size=size, geometry="full"), frame(height, width)):
-        exact = torch.from_numpy(array).view(height, width, -1).permute(2, 0, 1)[None].float()
-        exact = torch.nn.functional.interpolate(exact, size=size, mode="nearest-exact")[0].permute(1, 2, 0).numpy()
-        assert (got.reshape(exact.shape) == exact).all()
-        if size != (224, 224):
-            assert (got == np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST))).all()
-
-
-def test_an_unknown_geometry_is_refused():
-    with complains("'square'.*fastdepth"):
-        sampling_grid(48, 64, (32, 32), "square")
-
-
-def view(array, size, **move):
-    rows, cols, inside = (index.numpy() for index in sampling_grid(*array.shape[:2], size, **move))
-    return array[rows, cols], np.broadcast_to(inside, size)
-
-
-@pytest.mark.parametrize("geometry", ["fastdepth", "full"])
-def test_a_flip_is_the_mirror_image_to_the_pixel(geometry):
-    array = frame(240, 320)[1]
-    for size in ((224, 224), (48, 64)):
-        assert (view(array, size, geometry=geometry, flip=True)[0] == view(array, size, geometry=geometry)[0][:, ::-1]).all()
-
-
-def test_a_zoom_of_2_shows_the_middle_twice_as_large():
-    array = frame(48, 64)[1]
-    shown, inside = view(array, (48, 64), geometry="full", zoom=2.0)
-    assert inside.all() and (shown == array[12:36, 16:48].repeat(2, 0).repeat(2, 1)).all()
-
-
-def test_a_quarter_turn_is_that_of_numpy():
-    array = frame(64, 64)[1]
-    shown, inside = view(array, (64, 64), geometry="full", angle=90.0)
-    assert inside.all() and (shown == np.rot90(array)).all()  # counter-clockwise, as PIL and torchvision count
-
-
-@pytest.mark.parametrize("geometry", ["fastdepth", "full"])
-def test_what_a_rotation_uncovers_is_outside_and_nothing_else(geometry):
-    array = frame(240, 320)[1]
-    assert view(array, (64, 64), geometry=geometry)[1].all()
-    assert view(array, (64, 64), geometry=geometry, angle=30.0, zoom=3.0)[1].all()
-    inside = view(array, (64, 64), geometry=geometry, angle=30.0)[1]
-    assert not inside[[0, 0, -1, -1], [0, -1, 0, -1]].any() and inside[16:48, 16:48].all()
-    if geometry == "full":  # what is covered is the overlap of a 4:3 rectangle with itself turned by 30 degrees
-        rotated = Image.new("L", (320, 240), 255).rotate(30, Image.NEAREST).resize((64, 64), Image.NEAREST)
-        assert (inside == (np.asarray(rotated) > 0)).mean() > 0.995
-    else:  # the margin outside the crop is used: at 5 degrees less is lost than a crop turned in itself would lose
-        alone = Image.new("L", (304, 228), 255).rotate(5, Image.NEAREST)
-        assert view(array, (228, 304), angle=5.0)[1].mean() > (np.asarray(alone) > 0).mean() + 0.01
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The data set and its augmentation
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
-def test_an_item_is_a_picture_in_0_to_1_and_metres_with_0_for_not_measured(tmp_path, size, augment):
-    image, depth = frame(48, 64)
-    depth[10:30, 20:40] = np.nan
-    save(tmp_path / "rgb/0.png", image)
-    save(tmp_path / "depth/0.npy", depth)
-    image, depth, index = open_dataset(tmp_path, "all", size=size, augment=augment)[0]
-    assert image.shape == (3, *size) and depth.shape == (1, *size) and index == 0
-    assert image.dtype == depth.dtype == torch.float32
-    assert 0 <= image.min() < 0.2 and 0.8 < image.max() <= 1
-    assert 0 < depth.eq(0).float().mean() < 0.5 and depth.isfinite().all() and depth[depth > 0].min() >= 0.5 / 1.5
-
-
-def test_without_a_size_nothing_is_augmented(tmp_path):
-    write(tmp_path)
-    image, depth, _ = open_dataset(tmp_path, "all", size=None, augment=True)[0]
-    assert (as_array(image) == frame()[0]).all() and (depth[0].numpy() == frame()[1]).all()
-
-
-def test_the_augmentation_can_be_a_flip_alone(tmp_path):
-    plain, ds = (open_dataset(write(tmp_path), "all", size=(48, 64), augment=augment) for augment in (False, "flip"))
-    plain, flips = torch.cat(plain[0][:2]), []
-    for ds.epoch in range(40):
-        item = torch.cat(ds[0][:2])
-        flips.append(torch.equal(item, plain.flip(-1)))
-        assert flips[-1] or torch.equal(item, plain)
-    assert 10 < sum(flips) < 30
-
-
-def test_the_colour_augmentation_is_the_papers_without_its_zoom(tmp_path):
-    write(tmp_path, HDF5, "a")
-    colour, paper = (open_dataset(tmp_path, "all", size=(48, 64), augment=augment) for augment in ("colour", "paper"))
-    depths = set(colour.read(0)[1].ravel().tolist()) | {0.0}
-    for colour.epoch in range(6):
-        paper.epoch = colour.epoch
-        (move, factors), (with_zoom, same) = colour.draw(0), paper.draw(0)
-        assert factors == same and move == with_zoom | {"zoom": 1.0} and with_zoom["zoom"] > 1
-        assert set(colour[0][1].unique().tolist()) <= depths  # nothing is divided
-
-
-def test_an_augmented_item_depends_on_seed_epoch_and_index_alone(tmp_path):
-    for name in "01":
-        save_hdf5(tmp_path / f"train/scene/{name}.h5", *frame())  # the same frame under two numbers
-
-    def item(seed=3, epoch=2, index=1):
-        ds = open_dataset(tmp_path, "all", size=(32, 32), augment=True, seed=seed)
-        ds.epoch = epoch
-        torch.rand(1), ds[0]  # what was drawn or read before does not matter
-        return torch.cat(ds[index][:2])
-
-    assert torch.equal(item(), item())
-    for other in (item(seed=4), item(epoch=3), item(index=0)):
-        assert not torch.equal(other, item())
-
-
-def test_any_number_of_workers_gives_the_same_batches(tmp_path):
-    ds = open_dataset(write(tmp_path, HDF5, "abcdef"), "all", size=(32, 32), augment=True)
-    ds[0]  # reading leaves no open file that a worker could not inherit
-    for ds.epoch in (0, 1):
-        alone, together = (list(torch.utils.data.DataLoader(ds, batch_size=3, num_workers=n)) for n in (0, 2))
-        assert len(alone) == 2 and alone[0][0].shape == (3, 3, 32, 32)
-        assert all(torch.equal(a, b) for one, two in zip(alone, together) for a, b in zip(one, two))
-
-
-@pytest.mark.parametrize("layout", [HDF5, "rgb + 16-bit png"])
-def test_a_data_set_pickles_even_after_it_was_read(tmp_path, layout):
-    ds = open_dataset(write(tmp_path, layout, "ab"), "all", size=(32, 32), augment=True)
-    before, copy = ds[1], pickle.loads(pickle.dumps(ds))
-    assert copy.files == ds.files and all(torch.equal(a, b) for a, b in zip(before[:2], copy[1][:2]))
-
-
-def test_the_jitter_is_that_of_torchvision():
-    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(jitter(image, 1, 1, 1), image, atol=1e-6)
-    for factors in ((0.6, 1.2, 1.4), (1.4, 1.4, 0.6), (1.1, 0.6, 0.8)):
-        expected = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(image, factors[0]), factors[1]), factors[2])
-        assert torch.allclose(jitter(image, *factors), expected, atol=2e-3)  # it rounds 0.299 to 0.2989
-
-
-HEIGHT, WIDTH, SIZE, TONES = 240, 320, (48, 64), np.array([[70, 70, 70], [110, 110, 110], [130, 90, 90]], np.uint8)
-
-
-@pytest.fixture(scope="module", params=["fastdepth", "full"])
-def draws(request, tmp_path_factory):
-    """Augmented views of one picture in three tones. Its depth is 1 m, or the number of the row, or that of the column: a draw
-    depends on the seed, the epoch and the index, so these three show the zoom and where every pixel comes from."""
-    root = tmp_path_factory.mktemp("draws")
-    rows, cols = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) / 4 + 1
-    tones = np.random.default_rng(0).integers(0, 3, (HEIGHT, WIDTH))
-    datasets = []
-    for name, depth in (("one", np.ones_like(rows)), ("rows", rows), ("cols", cols)):
-        save_hdf5(root / name / "train/scene/0.h5", TONES[tones], depth)
-        datasets.append(open_dataset(root / name, "all", size=SIZE, augment=True, geometry=request.param))
-    views = []
-    for epoch in range(120):
-        for ds in datasets:
-            ds.epoch = epoch
-        (image, one, _), (_, rows, _), (_, cols, _) = (ds[0] for ds in datasets)
-        inside, zoom = one[0] > 0, 1 / one.max()
-        assert (one[0][inside] == one.max()).all()  # one zoom for the whole view
-        rows, cols = (((depth[0] * zoom - 1) * 4).round().long().numpy() for depth in (rows, cols))
-        views.append((image.numpy(), inside.numpy(), rows, cols, zoom.item()))
-    shown = (HEIGHT * 228 / 250, WIDTH * 304 / 333) if request.param == "fastdepth" else (HEIGHT, WIDTH)  # without a zoom
-    return tones, views, shown
-
-
-def similarity(rows, cols, inside, shown):
-    """Least squares: source = matrix @ output + offset, both (x, y) from their centres, in square pixels of the source."""
-    y, x = (np.mgrid[:SIZE[0], :SIZE[1]] + 0.5) * np.reshape(np.divide(shown, SIZE), (2, 1, 1))
-    output = np.stack([x - shown[1] / 2, y - shown[0] / 2, np.ones(SIZE)], -1)[inside]
-    source = np.stack([cols + 0.5 - WIDTH / 2, rows + 0.5 - HEIGHT / 2], -1)[inside]
-    solution = np.linalg.lstsq(output, source, rcond=None)[0].T
-    assert np.abs(output @ solution.T - source).max() < 2  # two roundings to the nearest pixel
-    return solution[:, :2], solution[:, 2]
-
-
-def test_every_view_is_zoomed_turned_and_mirrored_about_the_centre_and_never_sheared(draws):
-    _, views, shown = draws
-    zooms, angles, flips = [], [], []
-    for _, inside, rows, cols, zoom in views:
-        matrix, offset = similarity(rows, cols, inside, shown)
-        flip = np.linalg.det(matrix) < 0
-        turn = matrix @ np.diag([-1 if flip else 1, 1]) * zoom
-        angle = np.arctan2(turn[1, 0], turn[0, 0])
-        np.testing.assert_allclose(turn, [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], atol=0.005)
-        assert np.abs(offset).max() < 1
-        zooms.append(zoom), angles.append(np.degrees(angle)), flips.append(flip)
-    assert 1 <= min(zooms) < 1.03 and 1.47 < max(zooms) <= 1.5001
-    assert -5.1 < min(angles) < -4.8 and 4.8 < max(angles) < 5.1
-    assert 0.35 < np.mean(flips) < 0.65
-
-
-def test_picture_and_depth_stay_aligned(draws):
-    tones, views, _ = draws
-    for image, inside, rows, cols, _ in views:
-        shown = np.where(inside, tones[rows, cols], -1)
-        means = [image[:, shown == tone].mean(1) for tone in range(3)]
-        assert all(np.ptp(image[:, shown == tone], axis=1).max() < 1e-5 for tone in range(3))  # a tone is still one colour
-        assert all(np.abs(means[tone] - means[tone - 1]).max() > 0.01 for tone in range(3))  # and no two tones are the same
-
-
-def test_uncovered_corners_have_no_depth(draws):
-    _, views, shown = draws
-    uncovered = [inside for _, inside, *_ in views if not inside.all()]
-    assert all(inside.mean() > 0.9 and not inside[[0, 0, -1, -1], [0, -1, 0, -1]].all() for inside in uncovered)
-    assert 5 < len(uncovered) < 60 if shown == (HEIGHT, WIDTH) else len(uncovered) < 5  # the margin of the crop covers nearly all
-
-
-def test_brightness_contrast_and_saturation_are_drawn_from_0_6_to_1_4(draws):
-    tones, views, _ = draws
-    dark, light, red = TONES / 255
-    luma = (TONES / 255 @ [0.299, 0.587, 0.114]).mean()
-    found = []
-    for image, _, rows, cols, zoom in (view for view in views if view[1].all()):
-        seen = [image[:, tones[rows, cols] == tone].mean(1) for tone in range(3)]
-        gain = (seen[1][0] - seen[0][0]) / (light[0] - dark[0])  # brightness x contrast
-        brightness = (seen[0][0] - gain * dark[0]) / luma + gain
-        saturation = (seen[2][0] - seen[2][1]) / (red[0] - red[1]) / gain
-        found.append([brightness, gain / brightness, saturation, zoom, cols[0, 0] < cols[0, -1]])
-    found = np.array(found).T
-    for factor in found[:3]:
-        assert 0.58 < factor.min() < 0.65 and 1.35 < factor.max() < 1.42
-    assert np.abs(np.corrcoef(found) - np.eye(5)).max() < 0.4  # each is a draw of its own, also from zoom and flip
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def run(*arguments, cwd):
-    command = [sys.executable, Path(data.__file__).resolve(), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
-def test_the_facts_say_what_the_scale_makes_of_16_bit_depth(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "pairs/rgb/0.png", frame()[0])
-    save(tmp_path / "pairs/depth/0.png", np.full((24, 32), 20, np.float32))
-    data.main(["pairs", "--depth-scale", "5000"])
-    printed = capsys.readouterr().out
-    assert "4.00 m at the median" in printed and "5000" in printed and "100% measured" in printed
-    assert Path(printed.split()[-1]).is_file()
-
-
-def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path):
-    result = run("nowhere", cwd=tmp_path)
-    assert result.returncode == 2 and result.stdout == "" and list(tmp_path.iterdir()) == []
-    assert len(result.stderr.splitlines()) == 1 and "nowhere" in result.stderr
-
-
-@pytest.mark.parametrize("arguments, complaint", [
-    ([], "--rooms"),
-    (["here", "--rooms", "8"], "--rooms"),
-    (["--rooms", "7", "--out", "new"], "7"),
-    (["--rooms", "many"], "many"),
-    (["--rooms", "8", "--device", "abacus"], "abacus"),
-])
-def test_a_wrong_flag_is_one_line_and_renders_nothing(tmp_path, monkeypatch, arguments, complaint):
-    monkeypatch.chdir(tmp_path)
-    with complains(complaint):
-        data.main(arguments)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_names_a_broken_file_and_writes_no_sheet(tmp_path):
-    keep(0.5)(write(tmp_path / "broken") / "train/scene/0.h5")
-    with complains("0.h5"):
-        data.main([str(tmp_path / "broken"), "--out", str(tmp_path / "sheet.png")])
-    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Pictures and progress
-# ------------------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.filterwarnings("error")
 def test_near_is_bright_far_is_dark_and_not_measured_is_grey():
-    picture = colourise(np.array([[1, 2, 3, 4, 5, 99], [0, np.nan, np.inf, -1, 0, 0]]), near=1, far=5)
-    assert picture.shape == (2, 6, 3) and picture.dtype == np.uint8
-    brightness = picture[0].astype(int).sum(1)
-    assert (np.diff(brightness)[:4] < 0).all() and (picture[0, 5] == picture[0, 4]).all()
-    assert (picture[1] == picture[1, 0, 0]).all() and 50 < picture[1, 0, 0] < 200 and np.ptp(picture[0, 1:4], axis=1).min() > 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert colourise(np.full((2, 2), 3.0), near=3, far=3).shape == (2, 2, 3)  # a flat map has no range
-    assert (colourise([[1, 2, 5]], near=5, far=1)[0, ::2] == colourise([[5, 2, 1]], near=1, far=5)[0, ::2]).all()  # 5 bright, 1 dark
+    colours = data.colourise(np.array([[1, 2, 3, 4, 5, 99], [0, np.nan, np.inf, -1, 0, 0]]), near=1, far=5)
+    assert colours.shape == (2, 6, 3) and colours.dtype == np.uint8
+    assert (np.diff(colours[0].astype(int).sum(1))[:4] < 0).all() and (colours[0, 5] == colours[0, 4]).all()
+    assert (colours[1] == colours[1, 0, 0]).all() and 50 < colours[1, 0, 0] < 200  # grey ...
+    assert np.ptp(colours[0, 1:4], axis=1).min() > 0  # ... as nothing that was measured is
+    assert data.colourise(np.full((2, 2), 3.0), near=3, far=3).shape == (2, 2, 3)  # flat depth has no range
+    backwards = data.colourise([[1, 2, 5]], near=5, far=1)  # 5 is bright, 1 is dark
+    assert (backwards[0, ::2] == data.colourise([[5, 2, 1]], near=1, far=5)[0, ::2]).all()
 
 
-def test_a_sheet_shows_every_picture_in_its_place():
+def test_a_colour_bar_runs_from_near_to_far_beside_its_labels():
+    bar = data.colour_bar(0, 8, 240)
+    assert bar.shape[0] == 240 and bar.shape[2] == 3 and bar.dtype == np.uint8
+    column = bar[:, 8].astype(int).sum(1)
+    assert (np.diff(column) <= 0).all() and column[0] > 500 and column[-1] < 60
+    labels = bar[:, 3 * bar.shape[1] // 8:].min(axis=(1, 2)) < 128
+    assert (np.diff(labels.astype(int)) == 1).sum() + labels[0] == 5
+
+
+def test_a_sheet_shows_every_image_in_its_place():
     rows = [[np.full((10, 20, 3), 40 * r + 10 * c, np.uint8) for c in range(3)] for r in range(2)]
-    sheet = np.asarray(tile(rows, gap=4))
+    sheet = np.asarray(data.tile(rows, gap=4))
     assert sheet.shape == (24, 68, 3) and (sheet[10:14] == 255).all()
     for r, c in np.ndindex(2, 3):
         assert (sheet[14 * r:14 * r + 10, 24 * c:24 * c + 20] == 40 * r + 10 * c).all()
-    labelled = np.asarray(tile(rows, ["a", "b", "c"], gap=4))
+    labelled = np.asarray(data.tile(rows, ["a", "b", "c"], gap=4))
     assert (labelled[-24:] == sheet).all() and (labelled[:-24] < 128).any()
+    assert data.tile([rows[0][:1], rows[1]]).size == (68, 24)  # rows may differ in length
 
 
-def test_progress_is_one_line_on_a_terminal_and_silent_in_a_file(capsys, monkeypatch):
-    progress("cooking", 3, 4, start=0)
+def test_a_tensor_becomes_an_image_of_8_bits():
+    values = torch.tensor([0, 0.5, 1, 1.2, -0.3]).repeat(3, 2, 1)
+    image = data.to_uint8(values)
+    assert image.shape == (2, 5, 3) and image.dtype == np.uint8 and image[0, :, 0].tolist() == [0, 128, 255, 255, 0]
+
+
+def test_progress_is_one_line_on_a_terminal_and_nothing_in_a_file(capsys, monkeypatch):
+    data.progress("cooking", 3, 4, start=0)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    progress("cooking", 3, 4, start=0, note="  salt")
+    data.progress("cooking", 3, 4, start=time.time() - 6, note="  salt")
     shown = capsys.readouterr().out
-    assert "cooking 3/4" in shown and "salt" in shown and "\n" not in shown and shown.startswith("\r")
-    progress("cooking", 4, 4, start=0)
+    assert "cooking 3/4" in shown and "0:02 left  salt" in shown and "\n" not in shown and shown.startswith("\r")
+    data.progress("cooking", 4, 4, start=0)
     assert "cooking" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files, mistakes and the command
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new/folder/depth.npy"
+    with data.whole_file(file) as f:
+        f.write(b"whole")
+        assert not file.exists()
+    assert file.read_bytes() == b"whole"
+    for error in (KeyboardInterrupt, ZeroDivisionError, UserError):
+        with pytest.raises(error), data.whole_file(file) as f:
+            f.write(b"half")
+            raise error
+    with complains(r"depth.npy: cannot be written \(No space left on device\): make room"), data.whole_file(file):
+        raise OSError(28, "No space left on device")
+    assert file.read_bytes() == b"whole" and list(file.parent.iterdir()) == [file]
+
+
+def test_what_dead_processes_left_is_cleared_and_what_others_write_or_own_stays(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stay = [f"a[1].h5.partial-{os.getppid()}", "a[1].h5.partial-mine", f"a1.h5.partial-{dead.pid}", "a[1].h5"]
+    for name in (*stay, f"a[1].h5.partial-{dead.pid}"):
+        (tmp_path / name).touch()
+    with data.whole_file(tmp_path / "a[1].h5"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (data.positive(int), {"3": 3}, ["0", "-1", "1.5", "two"]),
+    (data.positive(float), {"0.5": 0.5, "3": 3.0}, ["0", "-1", "inf", "nan", "two"]),
+    (data.non_negative, {"0": 0, "2": 2}, ["-1", "0.5", ""]),
+    (data.multiple_of_32, {"32": 32, "224": 224}, ["0", "-32", "33", "32.0"]),
+])
+def test_a_flag_takes_only_numbers_that_make_sense(kind, good, bad, capsys):
+    parser = data.make_parser("A script.")
+    parser.add_argument("--number", type=kind, help="a number")
+    for text, value in good.items():
+        assert parser.parse_args(["--number", text]).number == value
+    for text in bad:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([f"--number={text}"])
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 2  # usage and error, a line each
+
+
+def test_help_says_every_default():
+    parser = data.make_parser("A script.")
+    parser.add_argument("--epochs", type=int, default=10, help="how many")
+    parser.add_argument("--out", help="a folder")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="half precision")
+    text = parser.format_help()
+    assert "how many (default: 10)" in text and "None" not in text and "a folder\n" in text
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99"])
+def test_an_unknown_device_is_refused(name):
+    data.check_device("cpu")
+    with complains(f"--device {name}: PyTorch finds no such device here"):
+        data.check_device(name)
+
+
+class ScriptError(ValueError):
+    """A mistake that a script names to run_script, as model.py's ModelError."""
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (UserError("a.png: is no image"), 2, "a.png: is no image"),
+    (ScriptError("no such model"), 2, "no such model"),
+    (FileNotFoundError(2, "No such file", "a.png"), 2, "[Errno 2] No such file: 'a.png'"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), 2, "GPU's memory is too small: lower --batch-size"),
+    (KeyboardInterrupt(), 130, ""),
+    (SystemExit(1), 1, ""),
+])
+def test_a_mistake_is_one_line_and_its_exit_code(monkeypatch, capsys, error, code, message):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/here/script.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, ScriptError)
+    printed = capsys.readouterr()
+    assert stop.value.code == code and printed.out == "" and message in printed.err
+    assert len(printed.err.splitlines()) == bool(message) and printed.err.startswith("script.py: error: "[:len(printed.err)])
+
+
+@pytest.mark.parametrize("bug", [ValueError, RuntimeError, TypeError, KeyError, IndexError, AssertionError])
+def test_a_bug_is_a_traceback(bug):
+    def main():
+        raise bug("an internal line")
+
+    with pytest.raises(bug, match="an internal line"):
+        run_script(main)
+    assert run_script(lambda: {"rmse": 1}) == {"rmse": 1}
+
+
+def test_a_mistake_in_a_worker_is_the_same_line(tmp_path, capsys):
+    save_pair(tmp_path)
+    (tmp_path / "rgb/0.png").write_bytes(b"junk")
+    dataset = open_dataset(tmp_path, "all")
+    with pytest.raises(SystemExit):
+        run_script(lambda: list(DataLoader(dataset, num_workers=1)))
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and f"error: {tmp_path}/rgb/0.png: cannot be read as an image" in printed[0]
+
+
+def script(*arguments, cwd, **options):
+    """The running `python data.py ARGUMENTS`, as a user's shell would start it."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # which would hide buffering
+    command = [sys.executable, Path(data.__file__).resolve(), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, text=True, env=environment, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path):
+    process = script("nowhere", cwd=tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 2 and out == "" and list(tmp_path.iterdir()) == []
+    assert error == "data.py: error: nowhere: no such file or folder\n"
+
+
+def test_a_reader_who_closes_the_pipe_sees_no_traceback(tmp_path):
+    process = script("rooms:64", cwd=tmp_path)
+    assert process.stdout.readline().startswith("rooms:64: rooms")
+    process.stdout.close()  # as `| head -1` does
+    assert process.stderr.read() == "" and process.wait() == 141 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot see what a process has imported")
+def test_ctrl_c_while_the_imports_run_is_no_traceback(tmp_path):
+    process = script("--help", cwd=tmp_path)
+    while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate()
+    assert process.returncode == -signal.SIGINT and out == error == ""
+
+
+def test_the_command_prints_facts_and_writes_a_contact_sheet(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "abcdef":
+        save(tmp_path / f"pairs/rgb/{name}.png", frame()[0])
+        save(tmp_path / f"pairs/depth/{name}.png", np.full((24, 32), 20, np.float32))
+    data.main(["pairs", "--depth-scale", "5000"])
+    printed = capsys.readouterr().out
+    for fact in ("paired folders", "5 train, 1 val; 1 scenes", "pairs/rgb/a.png with pairs/depth/a.png", "24x32",
+                 "median 4.00 m", "100% measured", "16-bit scale 5000", "look    runs/data-pairs.png"):
+        assert fact in printed
+    with Image.open("runs/data-pairs.png") as sheet:
+        assert sheet.size == (3 * 480 + 8, 2 * 180 + 4)
+    data.main(["pairs", "--out", "sheet.png"])
+    assert "--depth-scale 5000 (TUM) would make it 4 m" in capsys.readouterr().err and Path("sheet.png").is_file()
+
+
+def test_the_command_names_a_broken_file_and_writes_no_sheet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path / "broken")
+    (tmp_path / "broken/depth/0.png").write_bytes(b"junk")
+    with complains("depth/0.png: cannot be read as depth"):
+        data.main(["broken", "--out", "sheet.png"])
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--size", "60", "80"], "--size: .*--pack"),
+    (["--pack", "set.hdf"], "set.hdf: .*call it set.h5"),
+])
+def test_a_wrong_flag_is_refused_before_anything_is_written(tmp_path, monkeypatch, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path / "pairs")
+    with complains(complaint):
+        data.main(["pairs", *flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]

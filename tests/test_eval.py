@@ -1,9 +1,10 @@
-"""Metrics against plain numpy, protocols down to the pixel, and predictions for pictures of every kind."""
-import csv
+"""Metrics against plain numpy, protocols down to the pixel, and the depth of images of every kind."""
 import json
 import math
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import eval
-from data import run_script
-from eval import METRICS, depth_metrics, evaluate, flip_average, picture_row, sample_sheet, whole_picture_size, with_scale_bar, write_ply
+from eval import METRICS, PROTOCOLS, depth_metrics, evaluate
 from model import build_model
 
 NEAREST = Image.Resampling.NEAREST
@@ -24,11 +25,15 @@ NEAREST = Image.Resampling.NEAREST
 def reference(pred, target):
     """All metrics of the valid pixels of one image, or of many: 1-D arrays."""
     safe = np.maximum(pred, 1e-3)
-    error, log, ratio = pred - target, np.log(safe) - np.log(target), np.maximum(safe / target, target / safe)
-    return dict(rmse=np.sqrt(np.mean(error**2)), mae=np.mean(abs(error)), absrel=np.mean(abs(error) / target), sqrel=np.mean(error**2 / target),
-                rmse_log=np.sqrt(np.mean(log**2)), log10=np.mean(abs(np.log10(safe) - np.log10(target))), silog=100 * np.std(log),
-                d1=np.mean(ratio < 1.25), d2=np.mean(ratio < 1.25**2), d3=np.mean(ratio < 1.25**3),
-                irmse=np.sqrt(np.mean((1 / safe - 1 / target)**2)))
+    error, log = pred - target, np.log(safe) - np.log(target)
+    ratio = np.maximum(safe / target, target / safe)
+    return dict(
+        rmse=np.sqrt(np.mean(error**2)), mae=np.mean(abs(error)),
+        absrel=np.mean(abs(error) / target), sqrel=np.mean(error**2 / target),
+        rmse_log=np.sqrt(np.mean(log**2)), log10=np.mean(abs(np.log10(safe) - np.log10(target))),
+        silog=100 * np.std(log),
+        d1=np.mean(ratio < 1.25), d2=np.mean(ratio < 1.25**2), d3=np.mean(ratio < 1.25**3),
+        irmse=np.sqrt(np.mean((1 / safe - 1 / target)**2)))
 
 
 def mean_of(results):
@@ -41,94 +46,147 @@ def agree(result, expected, rel=1e-5):
 
 
 def blobs(seed, height, width, channels=3):
-    """A picture of soft random blobs, uint8."""
+    """An image of soft random blobs, uint8."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, channels), np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, channels)
+    return upsample(coarse, height, width).reshape(height, width, channels)
+
+
+def upsample(depth, height, width):
+    return cv2.resize(depth, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def squeeze(image, height, width):
+    """The pixel under each centre. (Where that is a border, Pillow's rounding decides.)"""
+    rows, cols = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip((height, width), image.shape))
+    return image[rows[:, None], cols]
+
+
+def crop(image, height, width):
+    """FastDepth's view, with Pillow: of 250x333 the middle 228x304."""
+    middle = Image.fromarray(image).resize((333, 250), NEAREST).crop((14, 11, 318, 239))
+    return np.array(middle.resize((width, height), NEAREST))
 
 
 def last_norm(model):
-    """The batch norm before the answer: its weight spreads the metres, its bias is their mean."""
+    """The batch norm before the prediction: its weight spreads the metres, its bias is their mean."""
     return [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)][-1]
 
 
 def save_network(file, network, **changes):
-    facts = dict(model="fastdepth-pruned", options={}, size=(64, 64), geometry="fastdepth", max_depth=10.0)
-    torch.save(facts | changes | dict(weights=network.state_dict()), file)
+    config = dict(model="fastdepth-pruned", options={}, size=(64, 64), geometry="fastdepth", max_depth=10.0,
+                  frame=(480, 640))
+    torch.save(dict(format=2, config=config | changes, weights=network.state_dict()), file)
     return str(file)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A checkpoint that answers 0 to over 10 m, and its network in eval mode."""
+    """A checkpoint that predicts 0 to over 10 m, and its network in eval mode."""
     torch.manual_seed(0)
     model = build_model("fastdepth-pruned")
-    pictures = torch.stack([torch.from_numpy(blobs(seed, 64, 64)) for seed in range(8)]).permute(0, 3, 1, 2) / 255
+    images = np.stack([blobs(seed, 64, 64) for seed in range(8)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         for _ in range(30):  # batch norm learns what to expect
-            model(pictures)
+            model(images)
         last_norm(model).weight *= 3
     return save_network(tmp_path_factory.mktemp("network") / "best.pt", model), model.eval()
 
 
-@pytest.fixture(scope="session")
-def frames(tmp_path_factory):
-    """Three 480x640 frames with holes and with depth beyond 10 m: their folder, pictures and depths."""
-    root, generator = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
-    pictures = [blobs(seed, 480, 640) for seed in range(3)]
-    depths = [generator.uniform(0.5, 11, (480, 640)).astype(np.float32) for _ in range(3)]
-    for k, (picture, depth) in enumerate(zip(pictures, depths)):
-        depth[100 + 50 * k:, :100 * k] = 0  # every frame has another number of valid pixels
-        write_frame(root, k, picture, depth)
-    return root, pictures, depths
+@pytest.fixture(scope="module")
+def two_metres(tmp_path_factory):
+    """A checkpoint that predicts 2 m whatever it sees."""
+    model = build_model("fastdepth-pruned")
+    torch.nn.init.zeros_(last_norm(model).weight)
+    torch.nn.init.constant_(last_norm(model).bias, 2)
+    return save_network(tmp_path_factory.mktemp("network") / "two.pt", model)
 
 
-def write_frame(root, k, picture, depth):
-    file = root / "val" / "scene" / f"{k}.h5"
+@torch.no_grad()
+def seen(model, image, flip=False):
+    """What a network predicts of (H, W, 3) uint8: (h, w)."""
+    pred = model(torch.tensor(image).permute(2, 0, 1)[None] / 255)[0, 0].numpy()
+    return (pred + seen(model, image[:, ::-1].copy())[:, ::-1]) / 2 if flip else pred
+
+
+def write_frame(root, k, image, depth):
+    file = Path(root) / "val" / "scene" / f"{k}.h5"
     file.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(file, "w") as h5:
-        h5["rgb"], h5["depth"] = picture.transpose(2, 0, 1), depth.astype(np.float32)
+        h5["rgb"], h5["depth"] = image.transpose(2, 0, 1), depth.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Three 480x640 frames with holes and with depth beyond 10 m: their folder, images and depths."""
+    root, rng = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
+    images = [blobs(seed, 480, 640) for seed in range(3)]
+    depths = [rng.uniform(0.5, 11, (480, 640)).astype(np.float32) for _ in range(3)]
+    for k, (image, depth) in enumerate(zip(images, depths)):
+        depth[100 + 50 * k:, :100 * k] = 0  # every frame has another number of valid pixels
+        write_frame(root, k, image, depth)
+    return root, images, depths
 
 
 def evaluated(model, root, tmp_path, *flags):
     """What `python eval.py` writes as JSON."""
-    eval.main([model, "--data", str(root), "--device", "cpu", "--json", str(tmp_path / "result.json"), "--sheet", str(tmp_path / "sheet.png"), *flags])
+    eval.main([model, "--data", str(root), "--device", "cpu", "--json", str(tmp_path / "result.json"),
+               "--sheet", str(tmp_path / "sheet.png"), *flags])
     return json.loads((tmp_path / "result.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def full_disk(limit):
+    """No file may grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_equals_plain_numpy_and_an_image_without_depth_is_nan():
-    generator = np.random.default_rng(0)
-    pred, target = generator.normal(3, 2, (3, 1, 9, 7)), generator.uniform(0.3, 6, (3, 1, 9, 7))
-    pred[0, 0, 0, :3] = 0, -1, 1e-4  # a network may answer that: 1 mm for logarithms and inverses, and for nothing else
-    mask = generator.random(target.shape) < 0.6
+    rng = np.random.default_rng(0)
+    pred, target = rng.normal(3, 2, (3, 1, 9, 7)), rng.uniform(0.3, 6, (3, 1, 9, 7))
+    pred[0, 0, 0, :3] = 0, -1, 1e-4  # 1 mm for logarithms and inverses, and for nothing else
+    mask = rng.random(target.shape) < 0.6
     mask[0, 0, 0, :3], mask[2] = True, False
     pred[~mask], target[~mask] = np.nan, np.inf
     result = depth_metrics(*map(torch.from_numpy, (pred, target, mask)))
     assert tuple(result) == METRICS and len(METRICS) == 11
     for i in (0, 1):
-        agree({name: value[i].item() for name, value in result.items()}, reference(pred[i][mask[i]], target[i][mask[i]]))
+        expected = reference(pred[i][mask[i]], target[i][mask[i]])
+        agree({name: value[i].item() for name, value in result.items()}, expected)
     assert all(value.shape == (3,) and value[2].isnan() for value in result.values())
 
 
 @pytest.mark.parametrize("power, expected", [(1, (0, 1, 1)), (2, (0, 0, 1)), (3, (0, 0, 0))])
 def test_a_ratio_of_just_the_threshold_does_not_count(power, expected):
     target = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 1, 3)
-    for pred, truth in ((target * 1.25**power, target), (target, target * 1.25**power)):
+    far = target * 1.25**power
+    for pred, truth in ((far, target), (target, far)):
         result = depth_metrics(pred, truth, torch.ones_like(truth, dtype=torch.bool))
         assert tuple(result[name].item() for name in ("d1", "d2", "d3")) == expected
 
 
 def samples():
-    """Five small pictures with depth; one has no valid pixel, the others have different numbers of them."""
+    """Five small images with depth; one has no valid pixel, the others have different numbers of them."""
     generator = torch.Generator().manual_seed(0)
-    images, depths = torch.rand(5, 3, 8, 12, generator=generator), 1 + 5 * torch.rand(5, 1, 8, 12, generator=generator)
+    images = torch.rand(5, 3, 8, 12, generator=generator)
+    depths = 1 + 5 * torch.rand(5, 1, 8, 12, generator=generator)
     for i in range(5):
         depths[i, :, :2 * i] = 0
     return list(zip(images, depths, range(5)))
+
+
+def loader(dataset, batch_size=2):
+    return torch.utils.data.DataLoader(dataset, batch_size)
 
 
 def grey_metres(image):
@@ -138,239 +196,306 @@ def grey_metres(image):
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_the_mean_is_over_images_unless_pooled_for_any_batch_size(batch_size, pooled):
-    result, images = evaluate(grey_metres, torch.utils.data.DataLoader(samples(), batch_size), 4.0, pooled=pooled)
-    pixels = [(grey_metres(image[None])[0][valid].numpy(), depth[valid].numpy()) for image, depth, _ in samples()
-              if (valid := (depth > 0) & (depth <= 4)).any()]
-    agree(result, reference(*map(np.concatenate, zip(*pixels))) if pooled else mean_of(reference(*p) for p in pixels))
+    result, detail = evaluate(grey_metres, loader(samples(), batch_size), 4.0, pooled=pooled)
+    pixels = [(grey_metres(image[None])[0][valid].numpy(), depth[valid].numpy())
+              for image, depth, _ in samples() if (valid := (depth > 0) & (depth <= 4)).any()]
+    if pooled:
+        agree(result, reference(*map(np.concatenate, zip(*pixels))))
+    else:
+        agree(result, mean_of(reference(*p) for p in pixels))
     assert (result["images"], result["skipped"]) == (4, 1)
+    for i, p in enumerate(pixels):
+        agree({name: values[i].item() for name, values in detail["images"].items()}, reference(*p))
+    assert detail["images"]["rmse"][4].isnan()
 
 
-def test_the_table_by_depth_pools_the_pixels_of_each_range_and_an_edge_belongs_to_the_nearer():
+def test_the_table_by_distance_pools_the_pixels_of_each_range_and_a_limit_belongs_to_the_nearer():
     generator = torch.Generator().manual_seed(1)
     depths = 4.5 * torch.rand(3, 1, 8, 12, generator=generator) + 0.4
-    depths[0, 0, 0, :5], depths[1, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 12.0, 0.0]), 7.0
-    data = list(zip(torch.rand(3, 3, 8, 12, generator=generator), depths, range(3)))
-    found = [evaluate(grey_metres, torch.utils.data.DataLoader(data, b), 10.0)[1]["ranges"] for b in (1, 3)]
-    pred, truth = torch.cat([grey_metres(image[None]).ravel() for image, _, _ in data]).double().numpy(), depths.ravel().double().numpy()
-    limits = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 10)]  # 12 m is beyond max_depth, and 10 to 20 m does not occur
-    for ranges in found:
-        assert [(r["from"], r["to"]) for r in ranges] == limits
+    depths[0, 0, 0, :6] = torch.tensor([1.0, 2.0, 3.0, 12.0, 0.0, 60.0])
+    depths[1, 0, 0] = 7.0
+    dataset = list(zip(torch.rand(3, 3, 8, 12, generator=generator), depths, range(3)))
+    pred = torch.cat([grey_metres(image[None]).ravel() for image, _, _ in dataset]).double().numpy()
+    truth = depths.ravel().double().numpy()
+    for max_depth, limits in ((10.0, [(0, 1), (1, 2), (2, 3), (3, 5), (5, 10)]),
+                              (math.inf, [(0, 1), (1, 2), (2, 3), (3, 5), (5, 10), (10, 20), (40, None)])):
+        ranges = evaluate(grey_metres, loader(dataset), max_depth)[1]["ranges"]
+        assert [(r["from"], r["to"]) for r in ranges] == limits  # those that occur
         for r, (near, far) in zip(ranges, limits):
-            inside = (truth > near) & (truth <= far)
-            expected = reference(pred[inside], truth[inside])
-            assert {k: r[k] for k in ("rmse", "absrel", "d1")} == pytest.approx({k: expected[k] for k in ("rmse", "absrel", "d1")}, rel=1e-5)
-            assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= 10)).sum())
+            inside = (truth > near) & (truth <= (far or math.inf))
+            agree(r, reference(pred[inside], truth[inside]))
+            assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= max_depth)).sum())
 
 
-@pytest.mark.parametrize("answer", [0.0, -2.0])
-def test_metrics_and_pictures_survive_a_network_that_answers_0_or_less(answer, tmp_path):
+@pytest.mark.parametrize("metres", [0.0, -2.0])
+def test_metrics_and_sheets_survive_a_network_that_predicts_0_or_less(metres, tmp_path):
     def nothing(image):
-        return torch.full((len(image), 1, 8, 12), answer)
+        return torch.full((len(image), 1, 8, 12), metres)
 
-    result, detail = evaluate(nothing, torch.utils.data.DataLoader(samples(), 2), 4.0)
+    result, detail = evaluate(nothing, loader(samples()), 4.0)
     assert all(math.isfinite(result[name]) for name in METRICS) and (result["d1"], result["d3"]) == (0, 0)
-    assert all(math.isfinite(r[name]) for r in detail["ranges"] for name in r)
-    sample_sheet(nothing, samples(), tmp_path / "sheet.png", 4.0)
+    assert all(math.isfinite(r[name]) for r in detail["ranges"] for name in METRICS)
+    eval.sample_sheet(nothing, samples(), tmp_path / "sheet.png", 4.0)
     assert Image.open(tmp_path / "sheet.png").width > 4 * 12
 
 
-def test_a_data_set_without_a_valid_pixel_is_an_error():
-    with pytest.raises(ValueError, match="valid"):
-        evaluate(grey_metres, torch.utils.data.DataLoader(samples()), 0.5)
+def test_evaluation_refuses_what_gives_no_number():
+    with pytest.raises(data.UserError, match="no image has a valid pixel within 0.5 m"):
+        evaluate(grey_metres, loader(samples()), 0.5)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(data.UserError, match="best.pt: predicts NaN"):
+            evaluate(lambda image: grey_metres(image).index_fill(3, torch.tensor(5), bad), loader(samples()),
+                     clamp=(1e-3, 10.0), name="best.pt")
 
 
-def test_a_smaller_prediction_is_enlarged_bilinearly_to_the_truth():
+def test_a_smaller_prediction_is_upsampled_bilinearly_to_the_ground_truth():
     small = np.random.default_rng(0).uniform(1, 5, (2, 3)).astype(np.float32)
-    loader = torch.utils.data.DataLoader(samples()[:1])
-    result, _ = evaluate(lambda image: torch.from_numpy(small)[None, None], loader)
-    agree(result, reference(cv2.resize(small, (12, 8), interpolation=cv2.INTER_LINEAR).ravel(), samples()[0][1].numpy().ravel()))
+    result, _ = evaluate(lambda image: torch.from_numpy(small)[None, None], loader(samples()[:1]))
+    agree(result, reference(upsample(small, 8, 12).ravel(), samples()[0][1].numpy().ravel()))
 
 
-def test_flip_average_is_the_mean_with_the_mirrored_prediction_of_the_mirror_image():
+def test_flip_average_is_the_mean_with_the_flipped_prediction_of_the_flipped_image():
     ramp = torch.arange(4.0)
     image = torch.rand(2, 3, 5, 4)
-    found = flip_average(lambda x: x[:, :1] + ramp)(image)  # depth follows the picture, the ramp does not
+    found = eval.flip_average(lambda x: x[:, :1] + ramp)(image)  # depth follows the image, the ramp does not
     torch.testing.assert_close(found, image[:, :1] + 1.5)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def test_the_mean_depth_baseline_is_each_pixels_mean_and_the_mean_of_all_where_nothing_was_measured():
+    depths = np.random.default_rng(0).uniform(1, 6, (600, 2, 3)).astype(np.float32)
+    depths[::2, 0, 0], depths[:, 1, 2], depths[:, 0, 1] = 0, 0, 50  # holes, never measured, beyond max_depth
+    dataset = [(None, torch.from_numpy(depth)[None], i) for i, depth in enumerate(depths)]
+    found = eval.mean_depth_baseline(dataset, 10.0)
+    kept = depths[np.linspace(0, 599, 512).astype(int)]
+    valid = (kept > 0) & (kept <= 10)
+    assert found.shape == (1, 1, 2, 3)
+    for r, c in np.ndindex(2, 3):
+        pixel = valid[:, r, c]
+        expected = kept[:, r, c][pixel].mean() if pixel.any() else kept[valid].mean()
+        assert found[0, 0, r, c].item() == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Protocols
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 #             rows       columns    clamp        max_depth  pooled
 DEFINITION = {
+    "own":        ((0, 64), (0, 64), None, 10, False),
     "fastdepth":  ((0, 224), (0, 224), None, np.inf, False),
     "eigen":      ((45, 471), (41, 601), (1e-3, 10), 10, False),
     "densedepth": ((20, 460), (24, 616), (0.1, 10), 10, True)}
 
 
-@pytest.mark.parametrize("protocol, flags, flip", [("fastdepth", "", False), ("eigen", "", False), ("eigen", "--flip", True),
-                                                   ("densedepth", "--batch-size 2", True), ("densedepth", "--no-flip", False)])
+@pytest.mark.parametrize("protocol, flags, flip", [
+    ("own", "", False), ("own", "--workers 1", False), ("fastdepth", "", False), ("eigen", "", False),
+    ("eigen", "--flip", True), ("densedepth", "", True), ("densedepth", "--no-flip", False)])
 def test_a_protocol_is_what_its_definition_says(protocol, flags, flip, network, frames, tmp_path):
-    (file, model), (root, pictures, depths) = network, frames
+    (file, model), (root, images, depths) = network, frames
     rows, cols, clamp, max_depth, pooled = DEFINITION[protocol]
     pixels = []
-    for picture, depth in zip(pictures, depths):
-        image, truth = Image.fromarray(picture), Image.fromarray(depth)
-        if protocol == "fastdepth":
-            image, truth = (x.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((224, 224), NEAREST) for x in (image, truth))
-        else:
-            image = image.resize((64, 64), NEAREST)  # 64 of the 228 rows of the crop are 70 of all 250: 64, to a multiple of 32
-        x, truth = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255, np.array(truth)
-        with torch.no_grad():
-            pred = (model(x) + model(x.flip(-1)).flip(-1)) / 2 if flip else model(x)
-        pred = cv2.resize(pred[0, 0].numpy(), truth.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        pred, truth = (x[slice(*rows), slice(*cols)] for x in (pred if clamp is None else pred.clip(*clamp), truth))
+    for image, truth in zip(images, depths):
+        if protocol in ("own", "fastdepth"):
+            image, truth, factor = crop(image, 64, 64), crop(truth, rows[1], cols[1]), 1
+        else:  # 64 of the 228 rows of the crop are 70 of all 250, which is 64 to a multiple of 32
+            image, factor = squeeze(image, 64, 64), math.sqrt(228 / 250 * 304 / 333)
+        pred = upsample(seen(model, image, flip) * factor, *truth.shape)
+        pred = pred if clamp is None else pred.clip(*clamp)
+        pred, truth = (x[slice(*rows), slice(*cols)] for x in (pred, truth))
         valid = (truth > 0) & (truth <= max_depth)
         pixels.append((pred[valid].astype(float), truth[valid].astype(float)))
-    expected = reference(*map(np.concatenate, zip(*pixels))) if pooled else mean_of(reference(*p) for p in pixels)
+    if pooled:
+        expected = reference(*map(np.concatenate, zip(*pixels)))
+    else:
+        expected = mean_of(reference(*p) for p in pixels)
     result = evaluated(file, root, tmp_path, "--protocol", protocol, *flags.split())
     agree(result, expected, rel=1e-4)
     assert (result["images"], result["skipped"]) == (3, 0)
 
 
-def test_the_numbers_are_written_though_the_pictures_cannot_be(network, frames, tmp_path):
-    (tmp_path / "sheet.png").mkdir()
-    with pytest.raises(OSError):
-        evaluated(network[0], frames[0], tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text())["rmse"] > 0
+def test_protocol_garg_shows_frames_of_every_size_whole_and_scores_the_lower_part(network, tmp_path):
+    file = save_network(tmp_path / "kitti.pt", network[1], size=(64, 192), geometry="full", max_depth=80.0,
+                        frame=(375, 1242))
+    expected = []
+    for k, (height, width, shown_h) in enumerate([(94, 311, 64), (90, 306, 64), (75, 120, 128)]):
+        image = blobs(k, height, width)
+        depth = np.random.default_rng(k).uniform(1, 90, (height, width)).astype(np.float32)
+        write_frame(tmp_path / "data", k, image, depth)
+        # The focal length is 0.81 x the width: 192 columns show as much as in training, the rows not quite.
+        factor = math.sqrt((width * shown_h / height) / (1242 * 64 / 375))
+        pred = upsample(seen(network[1], squeeze(image, shown_h, 192)) * factor, height, width).clip(1e-3, 80)
+        mask = np.zeros((height, width), bool)
+        rows = slice(int(0.40810811 * height), int(0.99189189 * height))
+        mask[rows, int(0.03594771 * width):int(0.96405229 * width)] = True
+        mask &= depth <= 80
+        expected.append(reference(pred[mask].astype(float), depth[mask].astype(float)))
+    agree(evaluated(file, tmp_path / "data", tmp_path, "--protocol", "garg"), mean_of(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("protocol", ["eigen", "densedepth"])
-def test_a_protocol_looks_at_its_crop_and_not_a_pixel_further(protocol, tmp_path):
-    (top, bottom), (left, right), *_ = DEFINITION[protocol]
-    model = build_model("fastdepth-pruned")
-    torch.nn.init.zeros_(last_norm(model).weight), torch.nn.init.constant_(last_norm(model).bias, 2)  # answers 2 m, whatever it sees
-    file = save_network(tmp_path / "two.pt", model)
-    depth = np.full((480, 640), 9)
-    depth[top:bottom, left:right] = 2
-    write_frame(tmp_path / "data", 0, blobs(0, 480, 640), depth)
-    assert evaluated(file, tmp_path / "data", tmp_path, "--protocol", protocol)["rmse"] == 0
-    depth[top, left] = depth[bottom - 1, right - 1] = 9
-    write_frame(tmp_path / "data", 0, blobs(0, 480, 640), depth)
-    rmse = math.sqrt(2 * 7**2 / ((bottom - top) * (right - left)))
-    assert evaluated(file, tmp_path / "data", tmp_path, "--protocol", protocol)["rmse"] == pytest.approx(rmse)
+@pytest.mark.parametrize("protocol, frame, rows, cols", [
+    ("eigen", (480, 640), (45, 471), (41, 601)), ("densedepth", (480, 640), (20, 460), (24, 616)),
+    ("garg", (375, 1242), (153, 371), (44, 1197))])
+def test_a_protocol_looks_at_its_part_and_not_a_pixel_further(protocol, frame, rows, cols):
+    depth = torch.full((1, *frame), 9.0)
+    depth[:, slice(*rows), slice(*cols)] = 2
+    settings = {key: value for key, value in PROTOCOLS[protocol].items() if key != "flip"}
+
+    def rmse():
+        dataset = [(torch.zeros(3, *frame), depth, 0)]
+        return evaluate(lambda image: torch.full((1, 1, 32, 32), 2.0), loader(dataset), **settings)[0]["rmse"]
+
+    assert rmse() == 0
+    for row, col in ((rows[0], cols[0]), (rows[1] - 1, cols[1] - 1)):
+        depth[0, row, col] = 9
+    pixels = (rows[1] - rows[0]) * (cols[1] - cols[0])
+    assert rmse() == pytest.approx(math.sqrt(2 * 7**2 / pixels))
 
 
-@pytest.mark.parametrize("height, width, whole, expected", [
-    (480, 640, (256, 256), (256, 256)),
-    (960, 1280, (256, 256), (256, 256)),  # more pixels, the same view
-    (640, 480, (256, 256), (352, 192)),  # the camera on its side: 640 * 256 / 480 and 480 * 256 / 640, to a multiple of 32
-    (480, 640, (480, 640), (480, 640)),
-    (640, 480, (480, 640), (640, 480)),
-    (320, 640, (256, 256), (160, 256)),  # less high, the same width
-    (1, 1, (256, 256), (352, 256)),
-    (1, 1000, (256, 256), (32, 256)),
-])
-def test_a_whole_picture_is_shown_at_the_scale_of_training(height, width, whole, expected):
-    assert whole_picture_size(height, width, whole) == expected
+@pytest.mark.parametrize("flags, shape", [
+    ("--protocol own", (128, 128)), ("--protocol fastdepth", (128, 128)), ("--protocol eigen", (128, 128)),
+    ("--size 64 96", (64, 96)), ("--protocol eigen --size 224 224", (224, 224)),
+    ("--geometry full --size 160 160", (160, 160))])
+def test_the_network_sees_its_own_training_size_under_every_protocol(flags, shape, network, frames, tmp_path,
+                                                                     monkeypatch):
+    file = save_network(tmp_path / "small.pt", network[1], size=(128, 128))
+    usual, shapes = eval.load_predictor, set()
+
+    def spying(*args):
+        predict, config = usual(*args)
+        return lambda image: predict(shapes.add(tuple(image.shape[-2:])) or image), config
+
+    monkeypatch.setattr(eval, "load_predictor", spying)
+    result = evaluated(file, frames[0], tmp_path, *flags.split())
+    assert shapes == {shape} and tuple(result["size"]) == shape
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Predictions
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Depth of one's own images
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, geometry, fixed, expected", [
-    ((224, 224), "fastdepth", False, (256, 256)),  # 224 * 250 / 228 and 224 * 333 / 304, to a multiple of 32
-    ((480, 640), "full", False, (480, 640)),
-    ((224, 224), "fastdepth", True, (224, 224)),  # an .onnx file of one size
-])
-def test_a_whole_frame_is_shown_at_the_scale_of_training(size, geometry, fixed, expected):
-    assert eval.frame_size(dict(size=size, geometry=geometry, fixed=fixed)) == expected
-
-
-def predicted(network, out, *flags):
+def predicted(file, out, *flags):
     """The depth that `python eval.py --images` writes: name -> (H, W) metres."""
-    eval.main([network[0], "--device", "cpu", "--out", str(out), *map(str, flags)])
-    return {file.stem: np.load(file) for file in sorted(out.glob("*.npy"))}
+    eval.main([file, "--device", "cpu", "--out", str(out), *map(str, flags)])
+    return {file.stem: np.load(file) for file in sorted(Path(out).glob("*.npy"))}
 
 
 @pytest.mark.parametrize("height, width, flags, size", [
-    (300, 400, (), (64, 64)), (400, 300, (), (96, 64)), (300, 400, ("--size", 64, 96), (64, 96))])
-def test_a_prediction_is_the_network_at_its_scale_enlarged_to_the_picture(height, width, flags, size, network, tmp_path):
-    picture = Image.fromarray(blobs(9, height, width))
-    picture.save(tmp_path / "photo.png")
-    image = torch.from_numpy(np.array(picture.resize(size[::-1], NEAREST))).permute(2, 0, 1)[None] / 255
-    with torch.no_grad():
-        expected = cv2.resize(network[1](image)[0, 0].numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
-    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", *flags)["photo"]
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    (480, 640, (), (64, 64)),  # exactly 70x70
+    (300, 400, (), (64, 64)),  # fewer pixels, the same view
+    (640, 480, (), (96, 64)),  # 94x53: the camera on its side
+    (270, 480, (), (64, 64)),  # 53x70: less high
+    (480, 640, ("--focal", 400), (96, 96)),  # 91x91
+    (960, 1280, ("--focal", 800), (96, 96)),
+    (300, 400, ("--size", 64, 96), (64, 96)),
+    (480, 640, ("--flip",), (64, 64))])
+def test_an_image_is_shown_at_the_scale_of_training_and_its_depth_corrected(height, width, flags, size,
+                                                                            network, tmp_path):
+    image = blobs(9, height, width)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    focal = flags[1] if "--focal" in flags else 0.81 * max(height, width)
+    trained_y, trained_x = 0.81 * 640 * 64 / (480 * 228 / 250), 0.81 * 640 * 64 / (640 * 304 / 333)
+    factor = math.sqrt(focal * size[0] / height / trained_y * focal * size[1] / width / trained_x)
+    shrunk = 0.81 * 640 / focal  # to the focal length of a frame of 640, antialiased
+    if shrunk < 1:
+        small = round(width * shrunk), round(height * shrunk)
+        image = np.array(Image.fromarray(image).resize(small, Image.Resampling.BILINEAR))
+    pred = seen(network[1], squeeze(image, *size), "--flip" in flags)
+    found = predicted(network[0], tmp_path / "depth", "--images", tmp_path / "photo.png", *flags)["photo"]
+    np.testing.assert_allclose(found, upsample(pred * factor, height, width), atol=2e-3)
     assert np.ptp(found) > 0.5
 
 
+def test_twice_the_focal_length_is_twice_the_depth_unless_the_pixels_double(network, two_metres, tmp_path):
+    small = blobs(0, 240, 320)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    Image.fromarray(small.repeat(2, 0).repeat(2, 1)).save(tmp_path / "large.png")
+
+    def depth_of(file, name, *flags):
+        return predicted(file, tmp_path / "depth", "--images", tmp_path / f"{name}.png", *flags)[name]
+
+    near = depth_of(two_metres, "small", "--size", 64, 64, "--focal", 300)
+    far = depth_of(two_metres, "small", "--size", 64, 64, "--focal", 600)
+    np.testing.assert_allclose(far, 2 * near, rtol=1e-5)
+    one = depth_of(network[0], "small", "--focal", 200)
+    four = depth_of(network[0], "large", "--focal", 400)
+    assert abs(upsample(four, 240, 320) - one).mean() < 0.005 and np.ptp(one) > 1
+
+
+@pytest.mark.parametrize("height, width, values", [(3000, 4000, (0.45, 0.55)), (480, 640, (0, 1))])
+def test_a_large_image_is_antialiased_and_a_frame_is_sampled_as_in_training(height, width, values, tmp_path):
+    board = ((np.arange(height)[:, None] + np.arange(width)) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    images = []
+
+    def spying(image):
+        images.append(image)
+        return torch.ones(1, 1, 7, 9)
+
+    config = dict(size=(224, 224), geometry="fastdepth", frame=(480, 640), fixed=None)
+    eval.predict_images(spying, config, [tmp_path / "board.png"], tmp_path / "out")
+    assert images[0].shape == (1, 3, 256, 256)
+    if height > 480:
+        assert values[0] < images[0].min() and images[0].max() < values[1]
+        assert np.load(tmp_path / "out" / "board.npy").shape == (960, 1280)  # and not 48 MB
+    else:
+        assert set(images[0].unique().tolist()) == set(values)
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (60, 80), (80, 60), (7, 300), (300, 7)])
-def test_every_file_of_a_prediction_has_the_size_of_the_picture(height, width, network, tmp_path):
-    Image.fromarray(blobs(1, height, width)).save(tmp_path / "photo.jpg")
-    depth = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.jpg")["photo"]
-    millimetres, colour = (np.array(Image.open(tmp_path / "depth" / name)) for name in ("photo.png", "photo_colour.png"))
-    assert depth.shape == millimetres.shape == (height, width) and depth.dtype == np.float32 and millimetres.dtype == np.uint16
+def test_every_file_of_a_prediction_has_the_size_of_the_image(height, width, network, tmp_path):
+    Image.fromarray(blobs(1, height, width)).save(tmp_path / "photo.png")
+    depth = predicted(network[0], tmp_path / "depth", "--images", tmp_path / "photo.png")["photo"]
+    out = tmp_path / "depth"
+    assert sorted(file.name for file in out.iterdir()) == ["photo.npy", "photo.png", "photo_depth.png"]
+    millimetres, sheet = (np.array(Image.open(out / name)) for name in ("photo.png", "photo_depth.png"))
+    assert depth.shape == millimetres.shape == (height, width)
+    assert depth.dtype == np.float32 and millimetres.dtype == np.uint16
     assert abs(millimetres / 1000 - depth).max() <= 0.0005 + 1e-6
-    assert colour.shape[0] >= height and colour.shape[1] > width
-    sheet = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))  # the picture, and beside it the colours of its depth
-    np.testing.assert_array_equal(sheet[:height, :width], np.array(Image.open(tmp_path / "photo.jpg")))
-    np.testing.assert_array_equal(sheet[:, -colour.shape[1]:], colour)
+    near, far = np.quantile(depth, (0.01, 0.99))
+    colours = data.colourise(depth, near, max(far, near + 0.1))
+    np.testing.assert_array_equal(sheet[:, :width], blobs(1, height, width))
+    np.testing.assert_array_equal(sheet[:, width + 4:2 * width + 4], colours)
+    assert sheet.shape[1] > 2 * width + 30  # the bar
 
 
-def test_a_picture_gives_the_same_depth_however_it_is_stored(network, tmp_path):
+def test_millimetres_end_at_65_metres_and_at_0_and_where_depth_is_0_there_is_no_point(tmp_path):
+    depth = np.array([[-1, 0, 1.2344, 65.5344, 70]], np.float32)
+    eval.write_depth(tmp_path / "far", depth, np.zeros((1, 5, 3), np.uint8), focal=5)
+    np.testing.assert_array_equal(list(read_ply(tmp_path / "far.ply"))[0][:, 2], depth[0, 2:])
+    assert np.array(Image.open(tmp_path / "far.png")).tolist() == [[0, 0, 1234, 65534, 65534]]
+    np.testing.assert_array_equal(np.load(tmp_path / "far.npy"), depth)
+
+
+def test_an_image_gives_the_same_depth_however_it_is_stored(network, tmp_path):
     colour, grey = Image.fromarray(blobs(2, 48, 64)), Image.fromarray(blobs(2, 48, 64, 1)[..., 0])
-    turned, hidden = Image.Exif(), colour.convert("RGBA")
-    turned[0x0112] = 6  # EXIF orientation: turn by 90 degrees clockwise to look at it
-    hidden.putpixel((0, 0), (1, 2, 3, 0))
-    white = colour.copy()
-    white.putpixel((0, 0), (255, 255, 255))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn by 90 degrees clockwise to look at it
     folder = tmp_path / "photos"
     folder.mkdir()
-    colour.save(folder / "colour.png")
-    colour.convert("RGBA").save(folder / "colour_opaque.PNG")
-    colour.transpose(Image.Transpose.ROTATE_90).save(folder / "colour_turned.png", exif=turned)
-    hidden.save(folder / "white_hidden.png")  # what transparent pixels hide is not looked at
-    white.save(folder / "white.png")
+    colour.save(folder / "colour.PNG")
+    colour.save(folder / "colour_1.webp", lossless=True)
+    colour.transpose(Image.Transpose.ROTATE_90).save(folder / "colour_2.png", exif=turned)
     grey.save(folder / "grey.png")
-    grey.convert("RGB").save(folder / "grey_rgb.png")
-    grey.convert("LA").save(folder / "grey_alpha.png")
-    Image.fromarray(np.array(grey).astype(np.uint16) * 257).save(folder / "grey_16bit.png")
-    palette = colour.quantize(50)
-    palette.save(folder / "palette.png")
-    palette.convert("RGB").save(folder / "palette_rgb.png")
-    (folder / "notes.txt").write_text("no picture")
-    depth = predicted(network, tmp_path / "depth", "--images", folder)
-    assert len(depth) == 11
+    grey.convert("LA").save(folder / "grey_1.png")
+    Image.fromarray(np.array(grey).astype(np.uint16) * 257).save(folder / "grey_2.png")
+    depth = predicted(network[0], tmp_path / "depth", "--images", folder)
+    assert len(depth) == 6
     for name, found in depth.items():
         np.testing.assert_array_equal(found, depth[name.split("_")[0]], err_msg=name)
 
 
-def test_the_published_crop_of_a_picture_gives_depth_of_that_crop_alone(network, tmp_path, capsys):
-    picture = Image.fromarray(blobs(8, 480, 640))
-    picture.save(tmp_path / "photo.png")
-    seen = picture.resize((333, 250), NEAREST).crop((14, 11, 318, 239)).resize((64, 64), NEAREST)
-    with torch.no_grad():
-        expected = network[1](torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None] / 255)[0, 0].numpy()
-    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", "--geometry", "fastdepth", "--ply", "--focal", 500)["photo"]
-    assert "crop" in capsys.readouterr().out
-    height, width = found.shape  # 228 of 250 rows of 480, 304 of 333 columns of 640
-    assert abs(height - 438) <= 2 and abs(width - 584) <= 2
-    np.testing.assert_allclose(found, cv2.resize(expected, (width, height), interpolation=cv2.INTER_LINEAR), atol=1e-3)
-    shown = np.array(Image.open(tmp_path / "depth" / "photo_sheet.png"))[:height, :width]
-    top, left = (480 - height) // 2, (640 - width) // 2  # to a pixel or two
-    assert any((shown == np.array(picture)[y:y + height, x:x + width]).all() for y in range(top - 2, top + 3) for x in range(left - 2, left + 3))
-
-
-def test_a_very_large_picture_is_written_at_a_fraction_with_the_same_points(network, tmp_path, monkeypatch, capsys):
-    Image.fromarray(blobs(8, 60, 90).repeat(3, 0).repeat(3, 1)).save(tmp_path / "large.png")  # 180x270
-    monkeypatch.setattr(eval, "LONGEST", 100)
-    depth = predicted(network, tmp_path / "depth", "--images", tmp_path / "large.png", "--ply", "--focal", 150)["large"]
-    assert depth.shape == (60, 90) and "written at 90x60" in capsys.readouterr().out
-    points, _ = read_ply(tmp_path / "depth" / "large.ply")
-    np.testing.assert_allclose(points[:, 0] / points[:, 2] * 50 + 45, np.nonzero(depth > 0)[1] + 0.5, rtol=1e-4)  # a third of 150 pixels
-
-
-def test_images_are_files_folders_and_globs(network, tmp_path):
-    for name in ("one/a.png", "two/b1.jpg", "two/b2.jpg", "two/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(blobs(3, 32, 32)).save(tmp_path / name)
-    found = predicted(network, tmp_path / "depth", "--images", tmp_path / "one", tmp_path / "two" / "b*.jpg")
-    assert sorted(found) == ["a", "b1", "b2"]
+def test_geometry_fastdepth_gives_the_depth_of_the_crop_of_training_alone(network, tmp_path):
+    image = blobs(8, 480, 640)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    flags = "--images", tmp_path / "photo.png", "--geometry", "fastdepth", "--ply"
+    found = predicted(network[0], tmp_path / "depth", *flags)["photo"]
+    assert found.shape == (438, 584)  # 228 of 250 rows of 480, 304 of 333 columns of 640
+    np.testing.assert_allclose(found, upsample(seen(network[1], crop(image, 64, 64)), 438, 584), atol=1e-3)
+    sheet = np.array(Image.open(tmp_path / "depth" / "photo_depth.png"))
+    np.testing.assert_array_equal(sheet[:, :584], image[21:459, 28:612])
+    points, _ = read_ply(tmp_path / "depth" / "photo.ply")
+    assert abs(points[:, 0] / points[:, 2]).max() == pytest.approx(291.5 / (0.81 * 640), rel=1e-4)
 
 
 def read_ply(file):
@@ -382,154 +507,164 @@ def read_ply(file):
     fields = [line.split()[1:] for line in lines if line.startswith("property")]
     rows = np.frombuffer(body, [(name, {"float": "<f4", "uchar": "u1"}[kind]) for kind, name in fields])
     assert len(rows) == count
-    return (np.stack([rows[name] for name in names], -1) for names in (("x", "y", "z"), ("red", "green", "blue")))
-
-
-def test_points_project_back_onto_their_pixels(tmp_path):
-    depth, picture = np.random.default_rng(0).uniform(1, 5, (6, 8)).astype(np.float32), blobs(4, 6, 8)
-    depth[2, 3] = 0  # not a point
-    write_ply(tmp_path / "cloud.ply", depth, picture, 20.0)
-    points, colours = read_ply(tmp_path / "cloud.ply")
-    rows, cols = np.nonzero(depth)  # in reading order
-    np.testing.assert_allclose(points[:, 0] / points[:, 2] * 20 + 4, cols + 0.5, rtol=1e-5)  # a pixel's centre lies at its index + 1/2
-    np.testing.assert_allclose(points[:, 1] / points[:, 2] * 20 + 3, rows + 0.5, rtol=1e-5)
-    np.testing.assert_array_equal(points[:, 2], depth[rows, cols])
-    np.testing.assert_array_equal(colours, picture[rows, cols])
+    return (np.stack([rows[n] for n in names], -1) for names in (("x", "y", "z"), ("red", "green", "blue")))
 
 
 @pytest.mark.parametrize("flags, focal", [((), 0.81 * 80), (("--focal", 50), 50)])
-def test_a_prediction_comes_as_points_too(flags, focal, network, tmp_path):
-    Image.fromarray(blobs(5, 80, 60)).save(tmp_path / "photo.png")  # portrait: the angle of view is that of the longer side
-    depth = predicted(network, tmp_path / "depth", "--images", tmp_path / "photo.png", "--ply", *flags)["photo"]
-    points, _ = read_ply(tmp_path / "depth" / "photo.ply")
-    assert len(points) == (depth > 0).sum()
-    np.testing.assert_allclose(points[:, 0] / points[:, 2] * focal + 30, np.nonzero(depth > 0)[1] + 0.5, rtol=1e-4)
+def test_points_project_back_onto_their_pixels(flags, focal, network, tmp_path, monkeypatch):
+    image, photo = blobs(5, 80, 60), tmp_path / "photo.png"  # portrait: the longer side decides
+    Image.fromarray(image).save(photo)
+    for longest, scale in ((80, 1), (40, 2)):
+        monkeypatch.setattr(eval, "LONGEST", longest)
+        depth = predicted(network[0], tmp_path / "depth", "--images", photo, "--ply", *flags)["photo"]
+        assert depth.shape == (80 // scale, 60 // scale)
+        points, colours = read_ply(tmp_path / "depth" / "photo.ply")
+        rows, cols = np.nonzero(depth > 0)  # in reading order; a pixel's centre lies at its index + 1/2
+        x, y = (points[:, i] / points[:, 2] * focal / scale for i in (0, 1))
+        np.testing.assert_allclose(x + 30 / scale, cols + 0.5, rtol=1e-4)
+        np.testing.assert_allclose(y + 40 / scale, rows + 0.5, rtol=1e-4)
+        np.testing.assert_array_equal(points[:, 2], depth[rows, cols])
+        if scale == 1:
+            np.testing.assert_array_equal(colours, image[rows, cols])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------------
+def test_images_are_files_folders_and_globs_and_hidden_ones_are_passed_over(tmp_path, capfd):
+    for name in ("one/a.png", "one/._a.png", "one/b.JPG", "one/notes.txt", "one/c.heic", "one/d.HEIC",
+                 "two/b1.jpg", "two/b2.jpg", "two/c.jpg", "odd.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = eval.find_images([f"{tmp_path}/one", f"{tmp_path}/two/b*", f"{tmp_path}/odd.gif"])
+    assert [file.name for file in found] == ["a.png", "b.JPG", "b1.jpg", "b2.jpg", "odd.gif"]
+    assert capfd.readouterr().err.count("HEIC") == 1
+    with pytest.raises(data.UserError, match="c.heic.*JPEG"):
+        eval.find_images([f"{tmp_path}/one/*.heic"])
+    with pytest.raises(data.UserError, match=r"\*.bmp: no image"):
+        eval.find_images([f"{tmp_path}/one", f"{tmp_path}/one/*.bmp"])
 
 
-def brightness(picture):
-    return np.asarray(picture, dtype=float).sum(-1)
+def test_one_bad_image_among_many_is_named_and_the_others_are_done(network, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        Image.fromarray(blobs(3, 32, 32)).save(folder / name)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:-200])
+    command = sys.executable, eval.__file__, network[0], "--images", folder, "--out", tmp_path / "depth"
+    done = subprocess.run(command, capture_output=True, text=True)
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 2 and "b.png" in first
+    assert second == "eval.py: error: 1 of 3 images could not be read"
+    assert sorted(file.name for file in (tmp_path / "depth").glob("*.npy")) == ["a.npy", "c.npy"]
+    assert "32x32, focal length 26 pixels (assumed), seen at 96x64 (full)" in done.stdout
 
 
-def test_the_scale_bar_stands_beside_the_picture_from_near_and_bright_to_far_and_dark():
-    depth = np.linspace(1, 5, 100 * 80).reshape(100, 80)
-    sheet = brightness(with_scale_bar(depth))
-    assert sheet.shape[0] == 100 and sheet.shape[1] > 80
-    assert (np.diff(sheet[:, 40]) <= 0).all() and sheet[0, 40] > 500 > 100 > sheet[-1, 40]
-    bars = [column for column in sheet.T[80:] if np.allclose(column[[0, -1]], sheet[[0, -1], 40], atol=20) and (np.diff(column) <= 0).all()]
-    assert len(bars) > 5
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_range_colours_truth_and_prediction_and_the_error_is_bright_where_it_is_large():
+def brightness(image):
+    return np.asarray(image, dtype=float).sum(-1)
+
+
+def test_a_sample_sheet_shows_image_ground_truth_prediction_and_error(tmp_path):
     truth = torch.full((1, 4, 6), 2.0)
     truth[:, :, 3:], truth[:, 0] = 4, 0
     pred = truth.clone()
     pred[0, 2, :3] = torch.tensor([2.0, 2.4, 3.5])
     image = torch.rand(3, 4, 6)
-    shown, true, predicted, error = picture_row(image, truth, pred, 10.0)
+    file = tmp_path / "new" / "sheet.png"
+    eval.sample_sheet(lambda x: pred[None], [(image, truth, 0)] * 9, file, 10.0, n=3)
+    sheet = np.array(Image.open(file))
+    assert sheet.shape == (18 + 3 * 4 + 2 * 4, 4 * 6 + 3 * 4, 3)  # labels, 3 rows, 4 columns, gaps of 4
+    shown, true, predicted, error = (sheet[18:22, x:x + 6] for x in (0, 10, 20, 30))
     np.testing.assert_allclose(shown, image.permute(1, 2, 0) * 255, atol=0.51)
-    assert (true[1] == predicted[1]).all() and brightness(true)[1, 0] > brightness(true)[1, 5]  # near is bright
+    assert (true[1] == predicted[1]).all()
+    assert brightness(true)[1, 0] > 500 and brightness(true)[1, 5] < 50  # near is bright
     small, medium, large = brightness(error)[2, :3]
     assert small < 50 and small < medium < large and large > 600
-    grey = true[0, 0]
-    assert len(set(grey)) == 1 and (true[0] == grey).all() and (error[0] == grey).all()  # nothing is known there
+    assert len(np.unique(true[0])) == 1 and (error[0] == true[0]).all()  # grey: nothing is known there
 
 
-def test_a_sample_sheet_shows_four_pictures_a_sample(tmp_path):
-    def small(image):  # a prediction of another size than the truth, and one beyond all bounds
-        return torch.full((len(image), 1, 4, 6), -1.0)
-
-    sample_sheet(small, samples(), tmp_path / "sheet.png", 10.0, n=3)  # the last sample has no valid pixel
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width >= 4 * 12 and sheet.height >= 3 * 8 and sheet.height < 5 * 8 + 40
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_exits_with_1_when_the_rmse_is_not_what_was_expected(network, frames, tmp_path):
-    command = [sys.executable, eval.__file__, network[0], "--data", str(frames[0]), "--device", "cpu", "--json", str(tmp_path / "result.json"),
-               "--sheet", str(tmp_path / "sheet.png")]
-    result = subprocess.run([*command, "--expect-rmse", "0.001"], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (1, "") and "0.001" in result.stdout
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert all(math.isfinite(found[name]) for name in METRICS)
-    assert f"{found['rmse']:.4f}" in result.stdout and "fastdepth" in result.stdout
-    eval.main(command[2:] + ["--expect-rmse", str(found["rmse"] + 1e-6)])  # returns
-
-
-def test_csv_and_json_hold_every_image_and_the_worst_sheet_the_worst_first(network, tmp_path, monkeypatch):
-    drawn, usual = [], eval.sample_sheet
-    monkeypatch.setattr(eval, "sample_sheet", lambda *a, notes=None, **k: (drawn.append(notes), usual(*a, notes=notes, **k)))
+def test_json_holds_every_counted_image_and_the_sheet_what_was_compared(network, tmp_path):
     for k in range(4):
-        write_frame(tmp_path / "data", k, blobs(k, 60, 80), np.full((60, 80), [2, 9, 5, 40][k]))  # 40 m: beyond max_depth, skipped
-    folder = tmp_path / "new" / "folder"
-    eval.main([network[0], "--data", str(tmp_path / "data"), "--device", "cpu", "--json", str(folder / "r.json"), "--csv", str(folder / "r.csv"),
-               "--sheet", str(folder / "s.png")])
-    rows = list(csv.DictReader((folder / "r.csv").open()))
-    assert [Path(row["file"]).name for row in rows] == ["0.h5", "1.h5", "2.h5", "3.h5"] and tuple(rows[0])[1:] == METRICS
-    found = json.loads((folder / "r.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    agree(found, mean_of({name: float(row[name]) for name in METRICS} for row in rows[:3]))
-    assert found["per_image"][3]["rmse"] is None and (found["images"], found["skipped"]) == (3, 1)
+        depth = np.full((60, 80), [2, 9, 5, 40][k])  # 40 m: skipped
+        write_frame(tmp_path / "data", k, blobs(k, 60, 80), depth)
+    found = evaluated(network[0], tmp_path / "data", tmp_path / "new")
+    rows = found["per_image"]
+    assert [Path(row["file"]).name for row in rows] == ["0.h5", "1.h5", "2.h5"]
+    agree(found, mean_of(rows))
+    assert (found["images"], found["skipped"]) == (3, 1) and found["geometry"] == "fastdepth"
     assert [r["share"] for r in found["ranges"]] == pytest.approx([1 / 3] * 3)
-    errors = [float(row["rmse"]) for row in rows[:3]]
-    assert list(drawn[1]) == sorted(range(3), key=lambda i: -errors[i])
-    assert all(f"{i}.h5" in note and f"{errors[i]:.3f}" in note for i, note in drawn[1].items())
-    assert Image.open(folder / "s-worst.png").height < Image.open(folder / "s.png").height
+    sheet = Image.open(tmp_path / "new" / "sheet.png")
+    assert sheet.size == (4 * 64 + 12, 18 + 4 * 64 + 12)
+    np.testing.assert_array_equal(np.array(sheet)[18:82, :64], crop(blobs(0, 60, 80), 64, 64))
+
+
+@pytest.mark.parametrize("flags, limit, named", [
+    ("--images photo.png --out out", 15_000, "out/photo.npy"),  # photo.png fits, photo.npy does not
+    ("--data FRAMES --json out/r.json --sheet out/sheet.png", 1_000, "out/r.json"),
+    ("--data FRAMES --sheet out/sheet.png", 1_000, "out/sheet.png")])
+def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, network, frames, tmp_path,
+                                                      monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(blobs(0, 60, 80)).save("photo.png")
+    words = flags.replace("FRAMES", str(frames[0])).split()
+    monkeypatch.setattr(sys, "argv", ["eval.py", network[0], *words])
+    with pytest.raises(SystemExit) as stop, full_disk(limit):
+        data.run_script(eval.main)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"eval.py: error: {named}: ") and error.count("\n") == 1
+    assert [file.name for file in Path("out").iterdir()] == (["photo.png"] if "--images" in flags else [])
+    for file in Path("out").iterdir():
+        Image.open(file).load()  # whole
 
 
 @pytest.mark.parametrize("flags, named", [
     ("MODEL", "--data"),
-    ("MODEL --data FRAMES --images PHOTO", "--data"),
+    ("MODEL --data FRAMES --images photo.png", "--data"),
     ("NOWHERE.pt --data FRAMES", "NOWHERE.pt: no such file"),
     ("NOWHERE.onnx --data FRAMES", "NOWHERE.onnx: no such file"),
     ("TEXT.pt --data FRAMES", "TEXT.pt"),
-    ("CUT.pt --data FRAMES", "CUT.pt"),
     ("OTHER.pt --data FRAMES", "OTHER.pt"),  # weights of another network
-    ("TEXT.onnx --data FRAMES", "TEXT.onnx"),
+    ("NAN.pt --data FRAMES --json depth/r.json", "NAN.pt: predicts NaN"),
+    ("NAN.pt --images photo.png", "NAN.pt: predicts NaN"),
+    ("TEXT.onnx --data FRAMES", "TEXT.onnx: ONNX Runtime cannot read it"),
     ("MODEL --data NOWHERE", "NOWHERE"),
     ("MODEL --data FRAMES --split test", "test"),
-    ("MODEL --data FRAMES --split best", "best"),
-    ("MODEL --data FRAMES --protocol nyu", "nyu"),
-    ("MODEL --data SMALL --protocol eigen", "240x320"),
-    ("MODEL --data SMALL --protocol densedepth", "240x320"),
-    ("MODEL --data FRAMES --size 100 100", "100"),
-    ("MODEL --data FRAMES --size 0 64", "--size: must be a multiple of 32, got 0"),
-    ("MODEL --data FRAMES --batch-size 0", "batch"),
-    ("MODEL --data FRAMES --device tpu9", "--device tpu9"),  # and not: the file is broken
+    ("MODEL --data MIXED --protocol eigen", "1.h5: is 240x320"),
+    ("MODEL --data MIXED --protocol densedepth", "1.h5: is 240x320"),
+    ("MODEL --data FRAMES --protocol eigen --geometry fastdepth", "--geometry"),
+    ("MODEL --data FRAMES --device tpu9", "--device tpu9"),
     ("MODEL --images NOWHERE.jpg", "NOWHERE.jpg"),
-    ("MODEL --images PHOTO NOWHERE*.jpg", "NOWHERE*.jpg"),
+    ("MODEL --images photo.png NOWHERE*.jpg", "NOWHERE*.jpg"),
     ("MODEL --images EMPTY", "EMPTY"),
     ("MODEL --images TEXT.png", "TEXT.png"),
-    ("MODEL --images PHOTO --size 100 100", "100"),
-    ("MODEL --images PHOTO --focal -5 --ply", "--focal"),
-    ("MODEL --images PHOTO COPY/photo.jpg", "photo"),  # photo.png twice
-    ("MODEL --images PHOTO COPY/photo_colour.jpg", "photo_colour"),  # the depth of one is the colour picture of the other
-    ("MODEL --images PHOTO --out .", "photo.png"),  # would overwrite the picture itself
-])
-def test_a_mistake_gets_one_line_and_exit_code_2(flags, named, network, frames, tmp_path, monkeypatch, capfd):
+    ("MODEL --images photo.png --focal 2.8", "--focal 2.8"),  # millimetres
+    ("MODEL --images photo.png COPY/photo.jpg", "photo"),  # photo.png twice
+    ("MODEL --images photo.png COPY/photo_depth.jpg", "photo_depth"),  # one's depth is the other's sheet
+    ("MODEL --images photo.png --out .", "photo.png")])  # would overwrite the image itself
+def test_a_mistake_gets_one_line_exit_code_2_and_no_file(flags, named, network, frames, tmp_path, monkeypatch,
+                                                         capfd):
     monkeypatch.chdir(tmp_path)
     for name in ("TEXT.pt", "TEXT.onnx", "TEXT.png"):
         Path(name).write_text("hello")
-    Path("CUT.pt").write_bytes(Path(network[0]).read_bytes()[:100_000])
     save_network("OTHER.pt", network[1], model="fastdepth")
-    Path("EMPTY").mkdir(), Path("COPY").mkdir()
-    for name in ("photo.png", "COPY/photo.jpg", "COPY/photo_colour.jpg"):
+    damaged = build_model("fastdepth-pruned")
+    torch.nn.init.constant_(next(damaged.parameters()), math.nan)
+    save_network("NAN.pt", damaged)
+    for folder in ("EMPTY", "COPY"):
+        Path(folder).mkdir()
+    for name in ("photo.png", "COPY/photo.jpg", "COPY/photo_depth.jpg"):
         Image.fromarray(blobs(6, 32, 32)).save(name)
-    write_frame(tmp_path / "SMALL", 0, blobs(7, 240, 320), np.full((240, 320), 2))
-    photo = Path("photo.png").read_bytes()
+    write_frame("MIXED", 0, blobs(7, 480, 640), np.full((480, 640), 2))
+    write_frame("MIXED", 1, blobs(7, 240, 320), np.full((240, 320), 2))
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
 
-    words = {"MODEL": network[0], "FRAMES": str(frames[0]), "PHOTO": "photo.png"}
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--device", "cpu", *(words.get(word, word) for word in flags.split())])
+    words = {"MODEL": network[0], "FRAMES": str(frames[0])}
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--out", "depth", *(words.get(w, w) for w in flags.split())])
     with pytest.raises(SystemExit) as stop:
-        run_script(eval.main)
+        data.run_script(eval.main, eval.ModelError)
     error = capfd.readouterr().err
     assert stop.value.code == 2 and error.startswith("eval.py: error: ") and error.count("\n") == 1, error
-    assert named in error and Path("photo.png").read_bytes() == photo
-    assert not list(tmp_path.glob("*.npy"))
+    assert named in error
+    assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before

@@ -1,11 +1,14 @@
-"""Networks against the tables as printed, against drawings of them in plain functions, and against PyTorch's own counter."""
+"""Networks against the published tables, the papers drawn in plain functions, and PyTorch's own counter."""
+import ast
 import copy
 import functools
-import itertools
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,163 +17,120 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as script
-from model import MODELS, Depthwise, build_model, count, load_model
+from model import MODELS, FastDepthwise, ModelError, build_model, count, fold_batch_norm
 
+FOLDER = Path(script.__file__).parent
 every_network = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def seasoned(name, **options):
-    """A network as after training: batch norm far from its start, values beyond 6 inside, some answers below 0."""
+    """A network as after training: batch norm far from its start, values beyond 6, predictions below 0."""
     torch.manual_seed(0)
     model = build_model(name, **options)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 1, 4)
             nn.init.normal_(layer.bias)
-            layer.momentum = 1.0  # running statistics become those of the last batch
+            layer.momentum = 1.0  # the running statistics become those of the last batch
     model(torch.rand(4, 3, 64, 96))
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The tables. size: of the row's output at 224x224, for decode1 to decode5 and the head before the x2
-# ------------------------------------------------------------------------------------------------------------------
-
-TABLES = {
-    "fastdepth": """
-        row       type         in   out  kernel stride size
-        stem      conv          3    32     3      2    112
-        block1    separable    32    64     3      1    112
-        block2    separable    64   128     3      2     56
-        block3    separable   128   128     3      1     56
-        block4    separable   128   256     3      2     28
-        block5    separable   256   256     3      1     28
-        block6    separable   256   512     3      2     14
-        block7    separable   512   512     3      1     14
-        block8    separable   512   512     3      1     14
-        block9    separable   512   512     3      1     14
-        block10   separable   512   512     3      1     14
-        block11   separable   512   512     3      1     14
-        block12   separable   512  1024     3      2      7
-        block13   separable  1024  1024     3      1      7
-        decode1   separable  1024   512     5      1      7
-        decode2   separable   512   256     5      1     14
-        decode3   separable   256   128     5      1     28
-        decode4   separable   128    64     5      1     56
-        decode5   separable    64    32     5      1    112
-        head      conv         32     1     1      1    112""",
-    "fastdepth-pruned": """
-        row       type         in   out  kernel stride size
-        stem      conv          3    16     3      2    112
-        block1    separable    16    56     3      1    112
-        block2    separable    56    88     3      2     56
-        block3    separable    88   120     3      1     56
-        block4    separable   120   144     3      2     28
-        block5    separable   144   256     3      1     28
-        block6    separable   256   408     3      2     14
-        block7    separable   408   376     3      1     14
-        block8    separable   376   272     3      1     14
-        block9    separable   272   288     3      1     14
-        block10   separable   288   296     3      1     14
-        block11   separable   296   328     3      1     14
-        block12   separable   328   480     3      2      7
-        block13   separable   480   512     3      1      7
-        decode1   separable   512   200     5      1      7
-        decode2   separable   200   256     5      1     14
-        decode3   separable   256   120     5      1     28
-        decode4   separable   120    56     5      1     56
-        decode5   separable    56    16     5      1    112
-        head      conv         16     1     1      1    112""",
-    "fastdepth-table": """
-        row       type         in   out  kernel stride size
-        initial   conv          3    32     3      2    112
-        block1    separable    32    64     3      2     56
-        block2    separable    64   128     3      1     56
-        block3    separable   128   128     3      2     28
-        block4    separable   128   256     3      1     28
-        block5    separable   256   256     3      2     14
-        block6    separable   256   512     3      1     14
-        block7    separable   512   512     3      1     14
-        block8    separable   512   512     3      1     14
-        block9    separable   512   512     3      1     14
-        block10   separable   512   512     3      1     14
-        block11   separable   512   512     3      1     14
-        block12   separable   512  1024     3      2      7
-        block13   separable  1024  1024     3      1      7
-        upconv5   transposed 1024   512     3      2     14
-        iconv5    conv       1024   512     3      1     14
-        upconv4   transposed  512   256     3      2     28
-        iconv4    conv        512   256     3      1     28
-        upconv3   transposed  256   128     3      2     56
-        iconv3    conv        256   128     3      1     56
-        upconv2   transposed  128    64     3      2    112
-        iconv2    conv        128    64     3      1    112
-        upconv1   transposed   64    32     3      2    224
-        iconv1    conv         64    32     3      1    224
-        depth     conv         32     1     1      1    224""",
-}
-
-
-def printed(name):
-    """{row: its convolutions as (type, in, out, kernel, stride, groups, size)}; a separable row has two."""
-    rows = {}
-    for line in TABLES[name].splitlines()[2:]:
-        row, kind, *numbers = line.split()
-        cin, cout, kernel, stride, size = map(int, numbers)
-        rows[row] = [(kind, cin, cout, kernel, stride, 1, size)] if kind != "separable" else \
-            [("conv", cin, cin, kernel, stride, cin, size), ("conv", cin, cout, 1, 1, 1, size)]
-    return rows
-
-
 @functools.cache
-def built(name):
-    """The convolutions in the order in which they run on a 224x224 picture, written as above."""
-    with torch.device("meta"):  # shapes without numbers
-        model, found = build_model(name).eval(), []
-
-        def note(conv, args, out):
-            kind = "transposed" if isinstance(conv, nn.ConvTranspose2d) else "conv"
-            found.append((kind, args[0].shape[1], out.shape[1], conv.weight.shape[-1], conv.stride[0], conv.groups, out.shape[-1]))
-
-        for layer in model.modules():
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                layer.register_forward_hook(note)
-        model(torch.empty(1, 3, 224, 224))
-    return found
+def on_meta(name):
+    """A network without numbers: built in no time, shared by the tests that only look."""
+    with torch.device("meta"):
+        return build_model(name).eval()
 
 
-@pytest.mark.parametrize("name, row", [(name, row) for name in TABLES for row in printed(name)])
-def test_every_row_is_built_as_printed(name, row):
-    rows = printed(name)
-    before = sum(len(rows[other]) for other in list(rows)[:list(rows).index(row)])
-    assert built(name)[before:before + len(rows[row])] == rows[row]
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------
+
+MOBILENET = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+PRUNED = (16, 56, 88, 120, 144, 256, 408, 376, 272, 288, 296, 328, 480, 512)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_nothing_is_built_that_is_not_printed(name):
-    assert len(built(name)) == sum(map(len, printed(name).values()))
+def separable(widths, kernel):
+    """The shapes of the weights from width to width: depthwise and pointwise in turn."""
+    pairs = [[(cin, 1, kernel, kernel), (cout, cin, 1, 1)] for cin, cout in zip(widths, widths[1:])]
+    return sum(pairs, [])
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def up_and_fuse(widths):
+    """The shapes of the layer table's decoder: upconv (in, out) and iconv (out, in) in turn."""
+    pairs = [[(cin, cout, 3, 3), (cout, cin, 3, 3)] for cin, cout in zip(widths, widths[1:])]
+    return sum(pairs, [])
+
+
+@pytest.mark.parametrize("name, stem, encoder, decoder", [
+    ("fastdepth", 32, separable(MOBILENET, 3), separable((1024, 512, 256, 128, 64, 32), 5)),
+    ("fastdepth-pruned", 16, separable(PRUNED, 3), separable((512, 200, 256, 120, 56, 16), 5)),
+    ("fastdepth-table", 32, separable(MOBILENET, 3), up_and_fuse((1024, 512, 256, 128, 64, 32))),
+])
+def test_the_convolutions_have_the_published_widths_in_order(name, stem, encoder, decoder):
+    shapes = [tuple(p.shape) for p in on_meta(name).parameters() if p.dim() == 4]
+    assert shapes == [(stem, 3, 3, 3), *encoder, *decoder, (1, decoder[-1][0], 1, 1)]
+
+
+@pytest.mark.parametrize("table, name", [
+    ("MOBILENET", "fastdepth"),
+    ("LAYER_TABLE_ENCODER", "fastdepth-table"),
+    ("LAYER_TABLE_DECODER", "fastdepth-table"),
+    ("MOBILENET_V2", "mobilenetv2-nnconv5"),
+    ("DENSENET169", "densedepth"),
+    ("RESNET101", "fpn"),
+])
+def test_the_output_sizes_in_the_comments_of_the_tables_are_those_that_run(table, name):
+    text = (FOLDER / "model.py").read_text().split(f"\n{table} = (\n")[1].split("\n)\n")[0]
+    stated = re.findall(r'"(\w+)",.*# +(\d+) x +(\d+)', text)
+    assert [row for row, _, _ in stated] == [row for row, *_ in getattr(script, table)]
+    model = copy.deepcopy(on_meta(name))
+    rows = (model.decoder if table == "LAYER_TABLE_DECODER" else model.encoder).layers
+    found = []
+
+    def note(row, layer, inputs, output):
+        found.append((row, *[str(n) for n in output.shape[2:]]))
+
+    for row, _, _ in stated:
+        rows[row].register_forward_hook(functools.partial(note, row))
+    model(torch.empty(1, 3, *MODELS[name]["size"], device="meta"))
+    assert found == stated
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Sizes
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def sizes(name, **options):
-    """(parameters, conv weights, MACs at 224x224 as the papers draw the network).
+def sizes(model, height=224, width=224):
+    """(parameters, conv weights, MACs as the papers draw the network).
 
-    The papers put the 1x1 head after the last x2. `count` counts what runs, the head before it: at a quarter of the
-    pixels, so that three quarters of the drawn head's multiplications are missing, and are added here.
+    The papers put NNConv5's head after the last x2. `count` counts what runs, the head before it, at a
+    quarter of the pixels: three quarters of the drawn head's multiplications are missing, and are added here.
     """
-    n = count(build_model(name, **options), 224, 224)
-    head = {"fastdepth": 32, "fastdepth-pruned": 16}.get(name, 0) * 224 * 224
-    return n["parameters"], n["conv_weights"], n["macs"] + head * 3 // 4
+    n = count(model, height, width)
+    head = 0
+    if isinstance(model.decoder, script.NNConv5):
+        head = 3 / 4 * model.decoder.head.conv.in_channels * height * width
+    return n["parameters"], n["conv_weights"], n["macs"] + head
 
 
-def test_sizes_are_those_of_the_design():
-    assert sizes("fastdepth") == (3_960_930, 3_933_088, 736_658_944)
-    assert sizes("fastdepth-pruned") == (1_360_786, 1_343_664, 366_393_384)
-    assert sizes("fastdepth-table") == (15_781_601, 15_755_744, 6_246_485_504)
+@pytest.mark.parametrize("name, height, width, parameters, conv_weights, macs", [
+    ("fastdepth", 224, 224, 3_960_930, 3_933_088, 736_658_944),
+    ("fastdepth-pruned", 224, 224, 1_360_786, 1_343_664, 366_393_384),
+    ("fastdepth-table", 224, 224, 15_781_601, 15_755_744, 6_246_485_504),
+    ("mobilenetv2-nnconv5", 224, 224, 1_860_474, 1_827_576, 295_740_480),
+    ("densedepth", 480, 640, 42_657_689, 42_494_504, 122_676_633_600),
+    ("fpn", 480, 640, 45_402_561, 45_295_360, 67_816_243_200),
+])
+def test_sizes_are_those_of_the_design(name, height, width, parameters, conv_weights, macs):
+    assert sizes(on_meta(name), height, width) == (parameters, conv_weights, macs)
 
 
 @pytest.mark.parametrize("conv, skip, million_parameters, billion_macs", [
@@ -180,29 +140,28 @@ def test_sizes_are_those_of_the_design():
     ("depthwise", "concat", 4.016, 0.849),
 ])
 def test_ablations_have_the_sizes_of_the_paper(conv, skip, million_parameters, billion_macs):
-    parameters, _, macs = sizes("fastdepth", conv=conv, skip=skip)
+    with torch.device("meta"):
+        parameters, _, macs = sizes(build_model("fastdepth", conv=conv, skip=skip))
     assert (round(parameters / 1e6, 3), round(macs / 1e9, 3)) == (million_parameters, billion_macs)
 
 
-@every_network
-def test_counting_agrees_with_pytorch_and_changes_nothing(name):
-    model = build_model(name).train()
+def test_counting_agrees_with_pytorch_and_changes_nothing():
+    model = build_model("fastdepth-table").train()
     before = copy.deepcopy(model.state_dict())
     n = count(model, 96, 160)
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, 96, 160, device="meta"))
+        on_meta("fastdepth-table")(torch.empty(1, 3, 96, 160, device="meta"))
     assert 2 * n["macs"] == counter.get_total_flops()  # a multiply-accumulate is two operations
-    assert n["conv_weights"] == sum(p.numel() for p in model.parameters() if p.dim() == 4)
-    assert model.training and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The same networks as the papers draw them, in plain functions
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def plain_layers(model):
-    """layer(x, stride, act, up) applies the model's next convolution and batch norm, in the order of its weights."""
+    """layer(x, stride, act, up) applies the model's next convolution and batch norm, in their order."""
     groups = []
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.dim() == 4:
@@ -213,20 +172,21 @@ def plain_layers(model):
 
     def layer(x, stride=1, act=F.relu, up=False):
         weight, *norm = next(groups)
+        bias = norm[0] if len(norm) == 1 else None
         if up:
-            x = F.conv_transpose2d(x, weight, stride=2, padding=1, output_padding=1)
+            x = F.conv_transpose2d(x, weight, None, stride=2, padding=1, output_padding=1)
         else:
-            x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
-        if len(norm) == 1:
-            return x + norm[0].view(-1, 1, 1)
-        scale, offset, mean, variance = norm
-        return act(F.batch_norm(x, mean, variance, scale, offset, model.training, momentum=1.0))
+            x = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
+        if len(norm) == 4:
+            scale, offset, mean, variance = norm
+            x = F.batch_norm(x, mean, variance, scale, offset, model.training, momentum=1.0)
+        return act(x) if act else x
 
     return layer
 
 
-def double(x):
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+def double(x, mode="nearest"):
+    return F.interpolate(x, scale_factor=2, mode=mode)
 
 
 def draw_fastdepth(model, image, skip="add", conv="depthwise"):
@@ -244,27 +204,58 @@ def draw_fastdepth(model, image, skip="add", conv="depthwise"):
 
 
 def draw_layer_table(model, image):
-    """The 21 rows, ReLU throughout, with the last two skips enlarged to their place."""
+    """The 21 rows, ReLU throughout, with the last two skips upsampled."""
     layer = plain_layers(model)
-    x, block = layer(image, 2), []
-    initial = x
+    initial = x = layer(image, 2)
+    block = []
     for stride in (2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1):
         x = layer(layer(x, stride), 1)
         block.append(x)
     for other in (block[10], block[3], block[1], double(block[0]), double(initial)):
         x = layer(torch.cat([layer(x, up=True), other], 1))
-    return layer(x)
+    return layer(x, act=None)
+
+
+def draw_densedepth(decoder, features):
+    """Alhashim and Wonka 2018, before the head's last function."""
+    x2, x4, x8, x16, x = features
+    layer = plain_layers(decoder)
+    x = layer(x.clamp(min=0), act=None)
+    for skip in (x16, x8, x4, x2):
+        x = torch.cat([double(x, "bilinear"), skip], 1)
+        for _ in range(2):
+            x = layer(x, act=lambda y: torch.where(y > 0, y, 0.2 * y))
+    return layer(x, act=None)
+
+
+def draw_fpn(decoder, features):
+    """A feature pyramid whose sums are smoothed before they go on, and a head of two convolutions."""
+    _, c2, c3, c4, c5 = features
+    parameters = list(decoder.parameters())
+
+    def conv(i, x):
+        weight, bias = parameters[2 * i:2 * i + 2]
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    p4 = conv(6, conv(2, c4) + double(conv(3, c5), "bilinear"))
+    p3 = conv(5, conv(1, c3) + double(p4, "bilinear"))
+    p2 = conv(4, conv(0, c2) + double(p3, "bilinear"))
+    return conv(8, conv(7, p2).clamp(min=0))
 
 
 @pytest.mark.parametrize("name, options", [
-    ("fastdepth", {}), ("fastdepth-pruned", {}), ("fastdepth", dict(skip="none")), ("fastdepth", dict(skip="concat")),
-    ("fastdepth", dict(skip="none", conv="dense"))])
+    ("fastdepth", {}),
+    ("fastdepth-pruned", {}),
+    ("fastdepth", dict(skip="none")),
+    ("fastdepth", dict(skip="concat")),
+    ("fastdepth", dict(skip="none", conv="dense")),
+])
 @torch.no_grad()
 def test_fastdepth_gives_bitwise_what_the_paper_draws_though_its_head_comes_before_the_last_x2(name, options):
     model, image = seasoned(name, **options), torch.rand(2, 3, 64, 96)
-    answer = model(image)
-    assert answer.unique().numel() > 100  # not all cut to 0
-    assert torch.equal(answer, draw_fastdepth(model, image, **options))
+    depth = model(image)
+    assert depth.unique().numel() > 100  # not all cut off at 0
+    assert torch.equal(depth, draw_fastdepth(model, image, **options))
 
 
 @torch.no_grad()
@@ -273,207 +264,306 @@ def test_the_layer_table_gives_what_its_rows_say():
     torch.testing.assert_close(model(image), draw_layer_table(model, image))
 
 
-@pytest.mark.parametrize("name, draw", [("fastdepth-pruned", draw_fastdepth), ("fastdepth-table", draw_layer_table)])
+@pytest.mark.parametrize("kind, channels, draw", [
+    (script.DenseDepthDecoder, (4, 6, 8, 10, 32), draw_densedepth),
+    (functools.partial(script.FeaturePyramid, width=8), (3, 4, 5, 6, 7), draw_fpn),
+])
+@torch.no_grad()
+def test_the_larger_decoders_give_what_their_papers_draw(kind, channels, draw):
+    decoder = kind(channels, output="linear")
+    features = [torch.randn(1, c, 32 // 2**i, 48 // 2**i) for i, c in enumerate(channels)]
+    torch.testing.assert_close(decoder(features), draw(decoder, features))
+
+
+@pytest.mark.parametrize("name, draw", [
+    ("fastdepth-pruned", draw_fastdepth),
+    ("fastdepth-table", draw_layer_table),
+])
 def test_training_has_the_gradients_and_batch_statistics_of_the_drawing(name, draw):
     ours = seasoned(name).double().train()
     theirs, image = copy.deepcopy(ours), torch.rand(2, 3, 64, 96, dtype=torch.float64)
-    answers = ours(image), draw(theirs, image)
-    torch.testing.assert_close(*answers)
-    slope = torch.randn_like(answers[0])
-    for answer in answers:
-        answer.backward(slope)
+    depths = ours(image), draw(theirs, image)
+    torch.testing.assert_close(*depths)
+    slope = torch.randn_like(depths[0])
+    for depth in depths:
+        depth.backward(slope)
     for (key, p), q in zip(ours.named_parameters(), theirs.parameters()):
         assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), key
     for (key, p), q in zip(ours.named_buffers(), theirs.buffers()):
-        if "head" in key and key.endswith("running_var"):  # n/(n-1) of n = 2*32*48 answers here, four times as many there
+        if key == "decoder.head.bn.running_var":  # n/(n-1) of n values here, of four times as many there
             n = 2 * 32 * 48
             p, q = p * (n - 1) / n, q * (4 * n - 1) / (4 * n)
         if not key.endswith("num_batches_tracked"):
             torch.testing.assert_close(p, q, msg=key)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What goes in and what comes out
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @every_network
-@torch.no_grad()
 def test_shapes_are_those_that_encoder_and_output_stride_state(name):
-    model, image = build_model(name).eval(), torch.rand(2, 3, 64, 96)
-    depth, s = model(image), model.output_stride
-    assert s in (1, 2, 4) and depth.shape == (2, 1, 64 // s, 96 // s) and depth.dtype == torch.float32
-    maps = model.encoder(image)
-    assert [m.shape[1] for m in maps] == list(model.encoder.channels)
-    assert sorted({(m.shape[2], m.shape[3]) for m in maps}) == [(64 // k, 96 // k) for k in (32, 16, 8, 4, 2)]
+    model, image = on_meta(name), torch.empty(2, 3, 64, 96, device="meta")
+    depth, stride = model(image), model.output_stride
+    assert stride in (1, 2, 4)
+    assert depth.shape == (2, 1, 64 // stride, 96 // stride) and depth.dtype == torch.float32
+    features = model.encoder(image)
+    assert [x.shape[1] for x in features] == list(model.encoder.channels)
+    assert sorted({tuple(x.shape[2:]) for x in features}) == [(64 // k, 96 // k) for k in (32, 16, 8, 4, 2)]
+
+
+@pytest.mark.parametrize("encoder", ["fastdepth-pruned", "mobilenetv2-nnconv5", "densedepth", "fpn"])
+@pytest.mark.parametrize("decoder", [script.NNConv5, script.DenseDepthDecoder, script.FeaturePyramid])
+def test_any_encoder_goes_with_any_decoder_of_five_feature_maps(encoder, decoder):
+    with torch.device("meta"):
+        parts = MODELS[encoder]["encoder"]()
+        options = dict(skip="concat") if decoder is script.NNConv5 else {}
+        network = script.DepthNet(parts, decoder(parts.channels, **options))
+        depth = network(torch.empty(2, 3, 64, 96))
+    assert depth.shape == (2, 1, 64 // network.output_stride, 96 // network.output_stride)
 
 
 @every_network
 @pytest.mark.parametrize("height, width", [(48, 64), (64, 100), (1, 1)])
 def test_a_size_that_is_no_multiple_of_32_is_refused_with_the_numbers(name, height, width):
-    with torch.device("meta"), pytest.raises(ValueError, match=f"32.*{height}x{width}"):
-        build_model(name)(torch.empty(1, 3, height, width))
+    with pytest.raises(ModelError, match=f"32.*{height}x{width}"):
+        on_meta(name)(torch.empty(1, 3, height, width, device="meta"))
 
 
 @pytest.mark.parametrize("name, options, said", [
     ("resnet", {}, "resnet.*fastdepth-pruned"),
+    ("fastdepth-v2", {}, "fastdepth-v2.*mobilenetv2-nnconv5"),
     ("fastdepth", dict(output="tanh"), "tanh.*sigmoid"),
     ("fastdepth", dict(skip="maybe"), "maybe"),
     ("fastdepth", dict(conv="sparse"), "sparse"),
-    ("fastdepth", dict(colour=1), "colour"),
-    ("fastdepth-table", dict(skip="none"), "skip"),
+    ("fastdepth", dict(colour=1), "colour.*conv, skip, output"),
+    ("fastdepth-table", dict(skip="none"), "fastdepth-table.*skip.*only output"),
     ("fastdepth", dict(widths=(512, 200, 100, 50, 25)), "widths"),
+    ("fastdepth", dict(max_depth=0), "max_depth.*0"),
+    ("fastdepth", dict(max_depth=float("inf")), "max_depth.*inf"),
+    ("fastdepth", dict(max_depth=float("nan")), "max_depth.*nan"),
 ])
 def test_an_unknown_network_or_option_is_refused_by_name(name, options, said):
-    with torch.device("meta"), pytest.raises(ValueError, match=said):
+    with torch.device("meta"), pytest.raises(ModelError, match=said):
         build_model(name, **options)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", ["fastdepth", "fastdepth-table"])
 @torch.no_grad()
-def test_outputs_are_three_readings_of_one_number(name):
-    model, image, max_depth = seasoned(name, output="linear"), torch.rand(2, 3, 64, 96), 80.0
+def test_outputs_are_readings_of_one_number(name):
+    model, image = seasoned(name, output="linear"), torch.rand(2, 3, 64, 96)
     y = model(image)
     assert y.min() < 0 < y.max()
 
     def read(**options):
-        other = build_model(name, max_depth=max_depth, **options).eval()
+        other = build_model(name, max_depth=80.0, **options).eval()
         other.load_state_dict(model.state_dict())
         return other(image)
 
-    bounded = read(output="sigmoid")
-    torch.testing.assert_close(read(), y if name == "fastdepth-table" else y.clamp(min=0))  # the network's own
+    own = "linear" if name == "fastdepth-table" else "relu"
+    assert torch.equal(read(), read(output=own))
+    torch.testing.assert_close(read(output="linear"), y)
     torch.testing.assert_close(read(output="relu"), y.clamp(min=0))
-    torch.testing.assert_close(bounded, max_depth / (1 + torch.exp(-y)))
-    assert 0 <= bounded.min() and bounded.max() <= max_depth
+    torch.testing.assert_close(read(output="sigmoid"), 80 / (1 + torch.exp(-y)))
+    torch.testing.assert_close(read(output="reciprocal"), 80 / (1 + F.softplus(y)))
 
 
-@pytest.mark.parametrize("name, options", [(name, {}) for name in MODELS] + [
-    ("fastdepth", dict(output="sigmoid", max_depth=max_depth)) for max_depth in (10, 80)])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_fresh_network_answers_metres_and_every_weight_can_learn(name, options, seed):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("output", ["relu", "linear", "reciprocal", "sigmoid"])
+@pytest.mark.parametrize("max_depth, start", [(10.0, 3.0), (80.0, 3.0), (4.0, 2.0), (3000.0, 3.0)])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@torch.no_grad()
+def test_a_head_starts_at_3_metres_or_the_middle_of_a_shorter_range(output, max_depth, start, batch_norm):
+    head = script.DepthHead(2, 1, output, max_depth, batch_norm).eval()
+    assert head(torch.zeros(1, 2, 1, 1)).item() == pytest.approx(start, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [
+    *[(name, {}) for name in MODELS],
+    ("fastdepth", dict(output="sigmoid", max_depth=80)),
+    ("fastdepth", dict(output="reciprocal")),
+])
+def test_a_fresh_network_predicts_metres_and_every_weight_can_learn(name, options):
     model, image = build_model(name, **options), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert 1.5 < model.eval()(image).median() < 6
-    answer = model.train()(image)
-    answer.backward(torch.randn_like(answer))
+    depth = model.train()(image)
+    depth.backward(torch.randn_like(depth))
     for key, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The depthwise convolution's own gradient
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# What is done with a network: folding, tracing, exporting, differentiating
+# ------------------------------------------------------------------------------------------------------------
 
 
-def depthwise_and_plain(kernel, stride, dtype, layout):
-    """Output, gradient of the input and gradient of the weights: of Depthwise, which may be under autocast, and of PyTorch."""
-    torch.manual_seed(0)
-    layer = Depthwise(6, kernel, stride).to(dtype)
-    x = torch.randn(2, 6, 14, 10, dtype=dtype).to(memory_format=layout).requires_grad_()
-    y = layer(x)
-    slope = torch.randn(y.shape, dtype=dtype)
-    with torch.autocast("cpu", enabled=False):
-        z = F.conv2d(x, layer.weight, None, stride, kernel // 2, groups=6)
-    return [y, *torch.autograd.grad(y, (x, layer.weight), slope.to(y.dtype))], [z, *torch.autograd.grad(z, (x, layer.weight), slope)]
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "densedepth"])  # most of its come first
+@torch.no_grad()
+def test_folding_keeps_the_numbers_and_leaves_no_batch_norm(name):
+    model, image = seasoned(name), torch.rand(2, 3, 64, 64)
+    keys = list(model.state_dict())
+    folded = fold_batch_norm(model.train())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules()) and not folded.training
+    weights = [p for p in folded.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert list(model.state_dict()) == keys and model.training  # the original stays as it is
+    expected = model.eval()(image)
+    torch.testing.assert_close(folded(image), expected, rtol=1e-3, atol=1e-3 * expected.max().item())
 
 
-every_depthwise = pytest.mark.parametrize(
-    "kernel, stride, layout", [*itertools.product((3, 5), (1, 2), (torch.contiguous_format, torch.channels_last))], ids=str)
+@pytest.mark.parametrize("name", ["fastdepth-pruned", "fastdepth-table"])
+@pytest.mark.filterwarnings("ignore")  # of tracing, about the check of the size
+def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func(name):
+    model, image = seasoned(name).double(), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    expected = model(image)
+    assert torch.equal(torch.jit.trace(model, image)(image), expected)
+    torch.testing.assert_close(torch.export.export(model, (image,)).module()(image), expected)
+    weights = dict(model.named_parameters())
+
+    def total(weights, image):
+        return torch.func.functional_call(model, weights, image[None]).sum()
+
+    images = torch.cat([image, image.flip(-1)])
+    slopes = torch.func.vmap(torch.func.grad(total), (None, 0))(weights, images)  # a gradient per image
+    expected.sum().backward()
+    for key, p in weights.items():
+        assert (slopes[key][0] - p.grad).norm() <= 1e-9 * p.grad.norm(), key
 
 
-@every_depthwise
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_depthwise_has_the_gradient_of_a_plain_convolution(kernel, stride, dtype, layout):
-    for ours, theirs in zip(*depthwise_and_plain(kernel, stride, dtype, layout)):
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+DEPTHWISE = [  # beside channels, groups and bias
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=3, padding=1, stride=2),
+    dict(kernel_size=5, padding=2),
+    dict(kernel_size=5, padding=2, stride=2),
+    dict(kernel_size=5),
+    dict(kernel_size=5, padding=(2, 1)),
+    dict(kernel_size=(5, 3), padding=(2, 1)),
+]
+OTHERS = [
+    dict(groups=1),
+    dict(groups=2),
+    dict(out_channels=12),
+    dict(bias=True),
+    dict(dilation=2),
+    dict(padding=1, padding_mode="reflect"),
+    dict(padding="same"),
+]
 
 
-@every_depthwise
-def test_depthwise_under_autocast_differs_by_the_rounding_of_bfloat16(kernel, stride, layout):
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = depthwise_and_plain(kernel, stride, torch.float32, layout)
-    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32]  # gradients in the kind of what they are of
+def depthwise(**options):
+    return nn.Conv2d(**dict(in_channels=6, out_channels=6, kernel_size=3, groups=6, bias=False) | options)
+
+
+def gradients(layer, x, slope, amp=False):
+    """The output of a layer, the gradient of its input and that of its weight."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = layer(x)
+    return y, *torch.autograd.grad(y, (x, layer.weight), slope.to(y.dtype))
+
+
+@pytest.mark.parametrize("options", DEPTHWISE, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype, amp, tolerance", [
+    (torch.float64, False, 1e-12),
+    (torch.float32, False, 1e-6),
+    (torch.float32, True, 1e-2),  # bfloat16 has 8 bits: 2^-9 = 0.002 a rounding
+], ids=["float64", "float32", "autocast"])
+def test_the_fast_gradient_is_that_of_a_plain_convolution(options, layout, dtype, amp, tolerance):
+    plain = depthwise(**options).to(dtype)
+    x = torch.randn(2, 6, 14, 10, dtype=dtype).to(memory_format=layout)
+    slope = torch.randn(plain(x).shape, dtype=dtype)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    script.use_fast_depthwise_gradient(fast)
+    assert type(fast[0]) is FastDepthwise
+    ours, theirs = gradients(fast[0], x, slope, amp), gradients(plain, x, slope)
+    assert [t.dtype for t in ours] == [torch.bfloat16 if amp else dtype, dtype, dtype]
     for a, b in zip(ours, theirs):
-        assert 0 < (a - b).norm() < 0.01 * b.norm()  # 8 bits: 2^-9 = 0.002 a rounding
+        assert (a - b).norm() <= tolerance * b.norm()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_only_plain_depthwise_convolutions_get_the_fast_gradient(options):
+    model = nn.Sequential(depthwise(**options))
+    script.use_fast_depthwise_gradient(model)
+    assert type(model[0]) is nn.Conv2d
 
 
-def checkpoint(name, max_depth=10.0, **options):
-    """As train.py writes it."""
-    weights = seasoned(name, max_depth=max_depth, **options).state_dict()
-    return dict(model=name, options=options, size=(64, 96), geometry="full", max_depth=max_depth, weights=weights, history=[])
+def test_a_network_with_the_fast_gradient_keeps_its_keys_copies_pickles_and_folds():
+    plain = seasoned("fastdepth-pruned")
+    fast = copy.deepcopy(plain)
+    script.use_fast_depthwise_gradient(fast)
+    assert sum(type(layer) is FastDepthwise for layer in fast.modules()) == 13 + 5
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    image = torch.rand(2, 3, 64, 64)
+    expected = plain(image)
+    for same in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(same(image), expected)
+    torch.testing.assert_close(fold_batch_norm(fast)(image), fold_batch_norm(plain)(image))
+    assert fast.to("meta")(image.to("meta")).shape == expected.shape
 
 
-def test_a_checkpoint_gives_back_the_network_and_its_facts(tmp_path):
-    saved, image = checkpoint("fastdepth-pruned", 80.0, output="sigmoid", skip="concat"), torch.rand(1, 3, 64, 96)
-    torch.save(saved, tmp_path / "best.pt")
-    model, facts = load_model(tmp_path / "best.pt")
-    assert facts == {key: saved[key] for key in ("model", "options", "size", "geometry", "max_depth")}
-    original = build_model("fastdepth-pruned", 80.0, output="sigmoid", skip="concat").eval()
-    original.load_state_dict(saved["weights"])
-    assert not model.training and torch.equal(model(image), original(image))
+def test_a_block_with_the_fast_gradient_compiles():
+    block, x = script.separable(4, 4, 5), torch.rand(2, 4, 8, 8)
+    block(x).sum().backward()
+    expected = [p.grad.clone() for p in block.parameters()]
+    script.use_fast_depthwise_gradient(block)
+    block.zero_grad()
+    torch.compile(block, backend="aot_eager")(x).sum().backward()
+    torch.testing.assert_close([p.grad for p in block.parameters()], expected)
 
 
-def written(saved):
-    return lambda file: torch.save(saved(), file)
+# ------------------------------------------------------------------------------------------------------------
+# Alone in a folder
+# ------------------------------------------------------------------------------------------------------------
 
 
-def cut_off(file, rest):
-    torch.save(checkpoint("fastdepth-pruned"), file)
-    file.write_bytes(file.read_bytes()[:rest])
+@pytest.mark.parametrize("file", ["model.py", "loss.py"])
+def test_a_file_needs_nothing_but_torch(file):
+    tree = ast.parse((FOLDER / file).read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-WRONG = {
-    "missing": lambda file: None,
-    "empty": lambda file: file.write_bytes(b""),
-    "cut off early": lambda file: cut_off(file, 1000),
-    "cut off late": lambda file: cut_off(file, -1),
-    "a list": written(lambda: [1]),
-    "a tensor": written(lambda: torch.ones(3)),
-    "weights without facts": written(lambda: build_model("fastdepth-pruned").state_dict()),
-    "a pickled module": written(lambda: build_model("fastdepth-pruned")),
-    "of another network": written(lambda: dict(checkpoint("fastdepth-pruned"), model="fastdepth")),
-    "of an unknown network": written(lambda: dict(checkpoint("fastdepth-pruned"), model="resnet")),
-    "with an unknown option": written(lambda: dict(checkpoint("fastdepth-pruned"), options=dict(colour=1))),
-    "a text": lambda file: file.write_text("Depth, in metres\n"),
-    "a log": lambda file: file.write_text("epoch,lr,loss\n1,0.05,0.7\n"),
-}
+TRAINING = """
+import torch, model, loss
+network = model.build_model("fastdepth-pruned")
+criterion = loss.make_loss("l1")
+optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+image, depth = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64) * 10
+for step in range(10):
+    cost = criterion(network(image), depth, depth > 0)
+    optimizer.zero_grad()
+    cost.backward()
+    optimizer.step()
+    print(f"{cost.item():.3f}")
+"""
 
 
-@pytest.mark.parametrize("what", WRONG)
-@pytest.mark.filterwarnings("ignore")  # of torch.load, about texts
-def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, what):
-    file = tmp_path / "best.pt"
-    WRONG[what](file)
-    with pytest.raises(ValueError) as error:
-        load_model(file)
-    line = str(error.value)
-    assert str(file) in line and "\n" not in line
-    assert "weights_only" not in line  # torch's advice is to run whatever code the file holds
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments, said", [
-    ([], [f"{name} " for name in MODELS] + ["3,960,930", "1,343,664", "15,755,744"]),
-    (["fastdepth-table"], ["15,781,601", "6,246,485,504", "512 x 14 x 14", "1 x 224 x 224"]),
-], ids=["all networks", "one network"])
-def test_model_py_runs_alone_in_an_empty_folder(tmp_path, arguments, said):
-    shutil.copy(script.__file__, tmp_path)
+def test_model_and_loss_copied_into_an_empty_folder_print_and_train(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "model.py", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert all(text in done.stdout for text in said)
+
+    def run(*command):
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    shutil.copy(FOLDER / "model.py", tmp_path)
+    table = run("model.py")
+    assert all(text in table for text in (*MODELS, "3,960,930", "1,343,664", "15,755,744", "122,676,633,600"))
+    shutil.copy(FOLDER / "loss.py", tmp_path)
+    costs = [float(line) for line in run("-c", TRAINING).split()]
+    assert len(costs) == 10 and costs[-1] < costs[0]
+
+
+def test_the_command_prints_a_network_layer_by_layer(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["model.py", "fastdepth-table"])
+    script.main()
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("15,781,601", "6,246,485,504", "512 x 14 x 14", "1 x 224 x 224"))
 
 
 def test_an_unknown_name_is_the_users_mistake(monkeypatch, capsys):

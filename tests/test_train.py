@@ -1,22 +1,23 @@
-"""Training on a miniature of the rooms: what a run writes, that it repeats and resumes bit for bit, and how it stops."""
+"""Training in miniature: what a run writes, that it repeats and resumes bit for bit, and how it stops."""
 import csv
 import itertools
 import json
 import math
 import os
 import re
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import MINIATURE
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import model
@@ -24,15 +25,13 @@ import train
 from eval import evaluate
 
 ROOT = Path(train.__file__).parent
-# 2 steps an epoch: the last 2 of 10 pictures are no whole batch
-MINIATURE = "--size 64 64 --batch-size 4 --limit 10 --model fastdepth-pruned --amp none --device cpu --lr 0.01".split()
+ENV = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="session")
-def rooms(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "rooms"
-    data.write_rooms(folder, 16)
-    return folder
+@pytest.fixture(autouse=True)
+def no_counting(monkeypatch):
+    """Counting is model.py's and takes a third of a miniature run."""
+    monkeypatch.setattr(train, "count", lambda *a: dict(parameters=1, macs=1))
 
 
 @pytest.fixture
@@ -41,27 +40,33 @@ def flags(rooms, tmp_path):
     return [*MINIATURE, "--data", str(rooms), "--out", str(tmp_path / "run")]
 
 
-@pytest.fixture(scope="session")
-def finished(rooms, tmp_path_factory):
-    """A run of two epochs: its folder and what main returned. Copy it before adding to it."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    return out, train.main([*MINIATURE, "--data", str(rooms), "--out", str(out), "--epochs", "2"])
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def copy_of(folder, place):
-    place.mkdir()
-    for file in folder.iterdir():
-        (place / file.name).write_bytes(file.read_bytes())
-    return place
+@pytest.fixture
+def rates():
+    """The learning rates of all steps of any optimizer."""
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    yield seen
+    hook.remove()
 
 
 def contents(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
 def read_log(out):
     """log.csv without the time that it took."""
-    return [{name: float(value) for name, value in row.items() if name != "seconds"} for row in csv.DictReader((out / "log.csv").open())]
+    rows = csv.DictReader((out / "log.csv").open())
+    return [{name: float(value) for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def same(a, b):
@@ -73,98 +78,129 @@ def same(a, b):
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
-@pytest.fixture
-def every_step():
-    """Call every_step(f) to have f(optimizer) called before each step of any optimizer."""
-    hooks = []
-    yield lambda f: hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: f(optimizer)))
-    for hook in hooks:
-        hook.remove()
+def spy_on_samples(monkeypatch):
+    """-> a list that gets (dataset, index, image, depth) of every sample read."""
+    seen = []
+    read = data.DepthDataset.__getitem__
+
+    def spy(dataset, index):
+        image, depth, _ = read(dataset, index)
+        seen.append((dataset, index, image, depth))
+        return image, depth, index
+
+    monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
+    return seen
 
 
 def let_rmse_fall(monkeypatch, factor):
     """Each evaluation finds `factor` times the RMSE of the one before."""
     calls = itertools.count()
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": factor ** next(calls)}, None))
+
+    def falling(*args, **kwargs):
+        return evaluate(*args, **kwargs)[0] | dict(rmse=factor ** next(calls)), {}
+
+    monkeypatch.setattr(train, "evaluate", falling)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def refused(argv, monkeypatch, capfd):
+    """The one line with which the command refuses argv; argparse's own comes after a line of usage."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(train.main, model.ModelError)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2, error
+    before, _, line = error.rpartition("train.py: error: ")
+    assert re.fullmatch(r"(usage: train.py \[flags\]; .*\n)?(note: .*\n)?", before) and line.count("\n") == 1, error
+    return line
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What a run is
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_its_files_and_returns_the_metrics_of_its_best_epoch(finished):
-    out, result = finished
+def test_a_run_writes_its_files_and_returns_the_metrics_of_its_best_epoch(flags, tmp_path):
+    result = train.main([*flags, "--epochs", "2"])
+    out = tmp_path / "run"
     assert {file.name for file in out.iterdir()} == {"last.pt", "best.pt", "log.csv", "curves.png", "samples.png"}
     log = read_log(out)
     assert [row["epoch"] for row in log] == [1, 2]
     best = min(log, key=lambda row: row["rmse"])
     assert all(result[name] == pytest.approx(value, rel=1e-5) for name, value in best.items())
-    for picture in ("curves.png", "samples.png"):
-        assert len(np.unique(Image.open(out / picture))) > 20
+    for file in ("curves.png", "samples.png"):
+        assert len(np.unique(Image.open(out / file))) > 20
 
 
-def test_a_checkpoint_is_a_dict_of_plain_values_that_torch_loads_by_default(finished):
-    saved = torch.load(finished[0] / "best.pt")  # weights_only by default: refuses everything but tensors and plain values
-    assert saved["model"] == "fastdepth-pruned" and tuple(saved["size"]) == (64, 64) and saved["geometry"] == "fastdepth"
-    assert saved["options"] == {} and saved["max_depth"] == 10
-    model.build_model("fastdepth-pruned").load_state_dict(saved["weights"])
+def test_a_checkpoint_describes_its_network_and_holds_plain_values_only(finished):
+    saved = load(finished / "best.pt")  # refuses everything but tensors and plain values
+    assert saved["format"] == 2
+    assert saved["config"] == dict(model="fastdepth-pruned", options={}, size=(64, 64), geometry="fastdepth",
+                                   max_depth=10.0, frame=(96, 128))
+    assert not {"out", "resume", "init", "preset"} & set(saved["args"])
+    network, config = model.load_model(finished / "best.pt")
+    assert config == saved["config"]
+    assert all(type(layer) is not model.FastDepthwise for layer in network.modules())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, finished, tmp_path):
     train.main([*flags, "--epochs", "2", "--workers", "2"])  # and it does not matter who reads the data
     train.main([*flags, "--epochs", "2", "--out", str(tmp_path / "other"), "--seed", "1"])
-    first, again, other = (torch.load(out / "last.pt") for out in (finished[0], tmp_path / "run", tmp_path / "other"))
-    assert same(first, again) and read_log(finished[0]) == read_log(tmp_path / "run")
+    first, again, other = (load(out / "last.pt") for out in (finished, tmp_path / "run", tmp_path / "other"))
+    assert same(first, again) and read_log(finished) == read_log(tmp_path / "run")
     assert not same(first["weights"], other["weights"])
 
 
-def test_best_is_the_epoch_of_the_lowest_rmse_and_last_the_last(rooms, finished, tmp_path):
-    out = copy_of(finished[0], tmp_path / "run")
-    result = train.main(["--resume", str(out), "--epochs", "3", "--schedule", "none", "--lr", "3"])  # spoils the weights
-    log = read_log(out)
-    assert log[2]["rmse"] > 1.5 * min(log[0]["rmse"], log[1]["rmse"])
+def test_an_epoch_of_one_seed_is_no_epoch_of_another(rooms):
+    train_set = data.open_dataset(rooms, "train", (32, 32))
+    drawn = set()
+    for seed, epoch in itertools.product(range(4), range(1, 5)):
+        args, _ = train.parse([*MINIATURE, "--seed", str(seed)])
+        drawn.add((*train.epoch_loader(args, epoch, train_set, rank=0, ranks=1).sampler, torch.initial_seed()))
+        assert train_set.epoch == epoch
+    assert len(drawn) == 16
+
+
+def test_best_is_the_epoch_of_the_lowest_rmse_and_last_the_last(rooms, run):
+    result = train.main(["--resume", str(run), "--epochs", "3", "--schedule", "none", "--lr", "3"])  # spoils it
+    log = read_log(run)
+    best = min(log, key=lambda row: row["rmse"])
+    assert log[2]["rmse"] > 1.5 * best["rmse"] and result["epoch"] == best["epoch"] < 3
     val = data.open_dataset(rooms, "val", (64, 64))
-    for file, row in (("best.pt", min(log, key=lambda row: row["rmse"])), ("last.pt", log[2])):
-        network, _ = model.load_model(out / file)
-        assert evaluate(network, torch.utils.data.DataLoader(val), 10.0)[0]["rmse"] == pytest.approx(row["rmse"], rel=0.02)
-    assert result["epoch"] == min(log, key=lambda row: row["rmse"])["epoch"]
+    for file, row in (("best.pt", best), ("last.pt", log[2])):
+        network, _ = model.load_model(run / file)
+        rmse = evaluate(network, torch.utils.data.DataLoader(val), 10.0)[0]["rmse"]
+        assert rmse == pytest.approx(row["rmse"], rel=0.02)
 
 
-def test_every_epoch_draws_a_new_order_and_new_pictures_but_the_validation_stays(flags, monkeypatch):
-    seen, read = [], data.DepthDataset.__getitem__
-
-    def spy(dataset, index):
-        image, depth, _ = sample = read(dataset, index)
-        seen.append(("train/" in dataset.files[index], dataset.augment, index, image.sum().item(), depth.sum().item()))
-        return sample
-
-    monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
+def test_every_epoch_draws_a_new_order_and_new_images_but_the_validation_stays(flags, monkeypatch):
+    seen = spy_on_samples(monkeypatch)
     train.main([*flags, "--epochs", "2", "--augment", "paper"])
-    drawn = [key[2:] for key in seen if key[0] and key[1] == "paper"]
-    orders = [[index for index, *_ in epoch] for epoch in (drawn[:8], drawn[8:])]
+    drawn = [(index, image.sum().item()) for dataset, index, image, _ in seen if dataset.augment == "paper"]
+    orders = [[index for index, _ in epoch] for epoch in (drawn[:8], drawn[8:])]
     assert len(drawn) == 16 and all(len(set(order)) == 8 for order in orders)  # two whole batches
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0]) and len(set(drawn)) == 16
-    validation = [key for key in seen if not key[0]]
-    assert {augment for _, augment, *_ in validation} == {"none"}
-    assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the constant map and two epochs
+    plain = [(dataset.samples[index], image.sum().item()) for dataset, index, image, _ in seen
+             if dataset.augment == "none"]
+    validation = [key for key in plain if key[0].part == "val"]
+    assert len(validation) + 16 + 10 == len(seen)  # the baseline reads all 10, unaugmented
+    assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the baseline and two epochs
 
 
 def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, monkeypatch):
     calls = []
 
     def recorder(name, max_depth):
-        def loss(pred, target, mask):
-            calls.append((pred, target, mask))
-            return pred.mean()
-        assert (name, max_depth) == ("silog", 2.5)
-        return loss
+        assert (name, max_depth) == ("silog", 4.0)
+        return lambda pred, target, mask: calls.append((pred, target, mask)) or pred.mean()
 
     monkeypatch.setattr(train, "make_loss", recorder)
-    train.main([*flags, "--epochs", "1", "--loss", "silog", "--max-depth", "2.5", "--amp", "bf16"])
+    more = "--epochs 1 --loss silog --max-depth 4 --amp bf16 --augment camera"
+    train.main([*flags, *more.split()])
     for pred, target, mask in calls:
-        assert pred.dtype == target.dtype == torch.float32 and pred.shape == target.shape == mask.shape == (4, 1, 64, 64)
-        assert torch.equal(mask, (target > 0) & (target <= 2.5)) and mask.any() and (target > 2.5).any() and (target == 0).any()
+        assert pred.dtype == target.dtype == torch.float32
+        assert pred.shape == target.shape == mask.shape == (4, 1, 64, 64)
+        assert torch.equal(mask, (target > 0) & (target <= 4))
+        assert mask.any() and (target > 4).any() and (target == 0).any()
         assert pred.isfinite().all() and torch.equal(pred, pred.bfloat16().float())  # autocast was on
 
 
@@ -172,154 +208,244 @@ def test_a_coarser_network_is_compared_at_its_own_resolution(flags, monkeypatch)
     class Quarter(torch.nn.Conv2d):
         output_stride = 4
 
-    read, depths, targets = data.DepthDataset.__getitem__, [], []
-
-    def spy(dataset, index):
-        depths.append((sample := read(dataset, index))[1])
-        return sample
+    seen = spy_on_samples(monkeypatch)
+    targets = []
 
     def loss(pred, target, mask):
         assert pred.shape == target.shape == mask.shape == (4, 1, 16, 16)
-        targets.append((torch.stack(depths[-4:]), target))
+        targets.append((torch.stack([depth for *_, depth in seen[-4:]]), target))
         return pred.mean()
 
     for where in (train, model):
         monkeypatch.setattr(where, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
     monkeypatch.setattr(train, "make_loss", lambda *a: loss)
-    monkeypatch.setattr(data.DepthDataset, "__getitem__", spy)
     train.main([*flags, "--epochs", "1"])
-    assert len(targets) == 2 and all(torch.equal(target, depth[..., 2::4, 2::4]) for depth, target in targets)  # real pixels, no mixtures
+    assert len(targets) == 2
+    assert all(torch.equal(target, depth[..., 2::4, 2::4]) for depth, target in targets)  # pixels, no mixtures
 
 
-def test_training_learns_what_can_be_learnt(tmp_path):
-    for part, n in (("train", 8), ("val", 4)):
-        (tmp_path / "grey" / part / "scene").mkdir(parents=True)
-        for i in range(n):
-            level = (i + 0.5) / n  # the brighter, the farther
-            with h5py.File(tmp_path / "grey" / part / "scene" / f"{i}.h5", "w") as h5:
-                h5["rgb"] = np.full((3, 64, 64), 255 * level, np.uint8)
-                h5["depth"] = np.full((64, 64), 1 + 5 * level, np.float32)
-    result = train.main([*MINIATURE, "--data", str(tmp_path / "grey"), "--out", str(tmp_path / "run"), "--epochs", "12", "--augment", "none",
-                         "--schedule", "none", "--optimizer", "adam"])
+def test_training_uses_channels_last_and_the_fast_depthwise_gradient(flags, monkeypatch):
+    seen = []
+    forward = model.DepthNet.forward
+
+    def spy(network, image):
+        layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1]
+        fast = {type(layer) for layer in layers} == {model.FastDepthwise}
+        weight = next(network.parameters())
+        seen.append((network.training, fast, *(t.is_contiguous(memory_format=torch.channels_last)
+                                               for t in (image, weight))))
+        return forward(network, image)
+
+    monkeypatch.setattr(model.DepthNet, "forward", spy)
+    train.main([*flags, "--epochs", "1"])
+    assert seen[:3] == [(True, True, True, True)] * 2 + [(False, True, True, True)]  # two steps, validation
+
+
+def test_training_learns_what_can_be_learnt(pairs, tmp_path):
+    more = "--epochs 20 --augment none --schedule none --optimizer adam"
+    result = train.main([*MINIATURE, "--data", str(pairs), "--out", str(tmp_path / "run"), *more.split()])
     loss = [row["loss"] for row in read_log(tmp_path / "run")]
     assert loss[-1] < 0.5 * loss[0]
-    assert result["rmse"] < 0.7 * 1.398  # what the mean depth scores: sqrt of the mean of (1.875, 0.625, ...)^2
+    assert result["rmse"] < 0.7 * 1.398  # the mean depth's: sqrt of the mean of (1.875, 0.625, ...)^2
 
 
-def test_tensorboard_gets_every_number_of_every_epoch_and_the_pictures(flags, tmp_path, monkeypatch, capfd):
+def test_tensorboard_gets_every_number_of_every_epoch(run, monkeypatch, capfd):
     events = []
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
-            events.append((str(folder), purge_step))
+            events.append([str(folder), purge_step])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            events[-1].append("closed")
 
         def add_scalar(self, name, value, step):
-            events.append((name, value, step))
+            events[-1].append((name, value, step))
 
-        def add_image(self, name, image, step, dataformats):
-            events.append((name, image.shape, step, dataformats))
-
-        flush = close = lambda self: None
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), dict(SummaryWriter=SummaryWriter)))
-    train.main([*flags, "--epochs", "1", "--tensorboard"])
-    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
-    run, log = tmp_path / "run", read_log(tmp_path / "run")
-    pictures = ("samples", np.asarray(Image.open(run / "samples.png")).shape)
-    for epoch, row in enumerate(log, 1):
-        of_epoch = events[:events.index((*pictures, epoch, "HWC")) + 1]
-        del events[:len(of_epoch)]
-        assert of_epoch[0] == (str(run), epoch)
-        scalars = {name: value for name, value, _ in of_epoch[1:-1] if name != "seconds"}
-        assert scalars == pytest.approx(row, rel=1e-5) and all(step == epoch for *_, step in of_epoch[1:-1])
-    assert not events
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    train.main(["--resume", str(run), "--epochs", "3", "--tensorboard"])
+    train.main(["--resume", str(run), "--epochs", "4"])
+    log = read_log(run)[2:]
+    assert len(events) == len(log) == 2
+    for (folder, purge_step, *scalars, closed), row in zip(events, log):
+        assert (folder, purge_step, closed) == (str(run), row["epoch"], "closed")
+        assert {name: value for name, value, _ in scalars if name != "seconds"} == pytest.approx(row, rel=1e-5)
+        assert {step for *_, step in scalars} == {row["epoch"]}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
-    assert "pip install tensorboard" in refused(["--resume", str(run), "--epochs", "3"], monkeypatch, capfd)
+    assert "pip install tensorboard" in refused(["--resume", run, "--epochs", "5"], monkeypatch, capfd)
 
 
 def test_init_starts_from_the_weights_of_another_run(flags, finished, tmp_path):
-    train.main([*flags, "--epochs", "1", "--init", str(finished[0] / "best.pt"), "--lr", "1e-12"])
-    before, after = (torch.load(file)["weights"] for file in (finished[0] / "best.pt", tmp_path / "run" / "last.pt"))
-    assert all(torch.allclose(before[name], after[name]) for name in before if "running" not in name and "num_batches" not in name)
+    train.main([*flags, "--epochs", "1", "--init", str(finished / "best.pt"), "--lr", "1e-12"])
+    before, after = (load(file)["weights"] for file in (finished / "best.pt", tmp_path / "run" / "last.pt"))
+    learnt = [name for name in before if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(before[name], after[name]) for name in learnt)
 
 
-def test_the_constant_map_is_the_mean_of_each_measured_pixel():
-    depth = np.random.default_rng(0).uniform(0, 6, (7, 5, 4))
-    depth[depth < 2] = 0
-    depth[:, 1, 2] = 0  # never measured: there stands the mean of all others
-    valid = (depth > 0) & (depth <= 5)
-    expected = np.full((5, 4), depth[valid].mean())
-    for y, x in np.ndindex(5, 4):
-        if valid[:, y, x].any():
-            expected[y, x] = depth[:, y, x][valid[:, y, x]].mean()
-    samples = [(None, torch.tensor(d, dtype=torch.float32)[None], i) for i, d in enumerate(depth)]
-    constant = train.constant_map(samples, 5.0)
-    assert constant.shape == (1, 1, 5, 4)
-    np.testing.assert_allclose(constant[0, 0], expected, rtol=1e-5)
+def test_encoder_weights_are_put_in_and_what_is_not_used_is_named(flags, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(train, "load_encoder", lambda network, file: asked.append(file) or ["classifier.weight"])
+    for more in (["--encoder-weights", "imagenet.pth"], ["--pretrained"]):
+        train.make_model(train.parse([*flags, *more])[0])
+    assert asked == ["imagenet.pth", None] and capsys.readouterr().out.count("classifier.weight") == 2
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(rooms, tmp_path, monkeypatch, capsys):
+def test_training_works_in_a_thread_that_is_not_the_main_one(flags, finished, tmp_path):
+    thread = threading.Thread(target=train.main, args=([*flags, "--epochs", "2", "--workers", "1"],))
+    thread.start()
+    thread.join()
+    assert same(load(tmp_path / "run" / "last.pt"), load(finished / "last.pt"))
+
+
+def test_the_first_command_of_the_readme_in_miniature(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *"--epochs 1 --data rooms:16 --limit 8 --size 64 64".split()]
+    result = subprocess.run(command, cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    plan = ("rooms:16 (rooms): 8 train", "64x64", "--size 224 224", "3,960,930 parameters", "0.060 GMACs",
+            "1 epochs of 1 steps of 8", "baseline  rmse", "results   runs/fastdepth-1", "samples.png",
+            "python eval.py runs/fastdepth-1/best.pt --data rooms:16")
+    assert not [words for words in plan if words not in result.stdout]
+    assert (tmp_path / "runs" / "fastdepth-1" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("more, size, kind, frames", [
+    ("", (128, 128), "", (168, 224)),
+    ("--size 64 96", (64, 96), "", (168, 224)),
+    ("--preset best", (128, 128), "", (168, 224)),
+    ("--preset paper", (224, 224), "-large", None),
+    ("--size 224 224", (224, 224), "-large", None),
+])
+def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, rooms, tmp_path, monkeypatch):
+    packed = []
+
+    def write_pack(file, root, size):
+        packed.append((file, root, size))
+        Path(file).parent.mkdir()
+        shutil.copy(rooms, file)
+
     monkeypatch.chdir(tmp_path)
-    train.main([*MINIATURE, "--data", str(rooms), "--dry-run"])
-    plan = capsys.readouterr().out
-    assert all(word in plan for word in ("cpu", "fastdepth-pruned", "1,360,786", "10 train", "2 steps of 4", "rmse"))
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(data, "write_pack", write_pack)
+    args, _ = train.parse(more.split())
+    for _ in range(2):
+        train_set, _ = train.open_data(args, rank=0)
+    assert packed == [(f"data/rooms-v{data.ROOMS_VERSION}-4096{kind}.h5", "rooms:4096", frames)]
+    assert args.size == train_set.size == size
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_a_preset_sets_the_flags_that_are_not_given(preset):
-    plain, _ = train.parse([])
-    args, _ = train.parse(["--preset", preset, "--momentum", "0.5"])
-    recipe = dict(train.PRESETS[preset], preset=preset, momentum=0.5)
-    assert all(getattr(args, name) == value for name, value in recipe.items())
-    assert {name for name in vars(args) if getattr(args, name) != getattr(plain, name)} - {"lr"} == set(recipe) - {"lr"}
-    name = next(iter(train.PRESETS[preset]))
-    assert getattr(train.parse(["--preset", preset, f"--{name}", str(getattr(plain, name))])[0], name) == getattr(plain, name)
+def test_another_data_set_is_trained_at_the_networks_own_size_and_crop():
+    assert train.parse(["--data", "nyu"])[0].size == (224, 224)
+    args, _ = train.parse(["--data", "nyu", "--model", "fpn"])
+    assert (args.size, args.geometry) == ((480, 640), "full")
 
 
-def test_the_papers_preset_zooms_and_the_best_does_not():
-    zooms = [data.DepthDataset("", [], None, "", train.PRESETS[preset]["augment"], 0, 1).draw(0)[0]["zoom"] for preset in ("paper", "best")]
-    assert zooms[0] > 1 and zooms[1] == 1
+def test_data_that_looks_like_another_unit_or_is_mostly_cropped_is_said(flags, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "check_scale", lambda dataset, max_depth: asked.append(max_depth))
+    monkeypatch.setattr(data, "check_crop", lambda dataset, size: asked.append(size))
+    args, _ = train.parse([*flags, "--max-depth", "3"])
+    train.open_data(args, rank=1)
+    train.open_data(args, rank=0)
+    assert asked == [3.0, (64, 64)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The learning rate and the gradient
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Presets, the learning rate and the gradient
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network, recipe", [
+    ("fastdepth", dict(optimizer="sgd", lr=0.01, schedule="step", loss="l1", augment="paper", batch_size=8)),
+    ("mobilenetv2-nnconv5", dict(optimizer="sgd", lr=0.01, schedule="step", loss="l1", augment="paper")),
+    ("densedepth", dict(optimizer="adam", lr=1e-4, schedule="none", loss="densedepth", weight_decay=0)),
+    ("fpn", dict(optimizer="sgd", lr=0.005, schedule="step", loss="l1", augment="flip")),
+])
+def test_the_papers_preset_is_that_networks_own(network, recipe):
+    preset = ["--preset", "paper", "--model", network]
+    args, _ = train.parse(preset)
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    assert args.size == model.MODELS[network]["size"]
+    args, _ = train.parse([*preset, "--lr", "0.3", "--schedule", "cosine", "--size", "32", "64"])
+    assert (args.lr, args.schedule, args.size) == (0.3, "cosine", (32, 64))
+
+
+@pytest.mark.parametrize("preset, network", itertools.product(train.PRESETS, model.MODELS))
+def test_a_preset_sets_its_flags_and_no_others(preset, network):
+    recipe = train.PRESETS[preset][network]
+    plain, _ = train.parse(["--model", network])
+    args, _ = train.parse(["--model", network, "--preset", preset])
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    changed = {name for name in vars(args) if getattr(args, name) != getattr(plain, name)}
+    assert changed - {"preset", "lr", "size", "data"} <= set(recipe)
+
+
+@pytest.mark.parametrize("optimizer, kind, factor", [
+    ("sgd", torch.optim.SGD, 1), ("adam", torch.optim.Adam, 0.02), ("adamw", torch.optim.AdamW, 0.02)])
+def test_the_learning_rate_is_the_networks_own(optimizer, kind, factor):
+    assert train.LEARNING_RATES.keys() == model.MODELS.keys()
+    for network, lr in train.LEARNING_RATES.items():
+        args, _ = train.parse(["--model", network, "--optimizer", optimizer, "--weight-decay", "0.2"])
+        made = train.make_optimizer(args, torch.nn.Linear(1, 1))
+        assert type(made) is kind and made.defaults["weight_decay"] == 0.2
+        assert args.lr == made.defaults["lr"] == pytest.approx(lr * factor)
 
 
 @pytest.mark.parametrize("schedule, epochs, expected", [
     ("step", 6, lambda t: 0.01 if t < 5 else 0.001),
-    ("cosine --warmup 1", 3, lambda t: min(t + 0.5, 1) * (0.005 + 0.005 * math.cos(math.pi * t / 3))),
-    ("none --warmup 1.5", 2, lambda t: 0.01 * min((t + 0.5) / 1.5, 1)),  # a third at the first of three steps, not 0
+    ("cosine", 3, lambda t: 0.005 + 0.005 * math.cos(math.pi * t / 3)),
+    ("none", 2, lambda t: 0.01),
 ])
-def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, expected, flags, every_step):
-    rates = []
-    every_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
-    train.main([*flags, "--epochs", str(epochs), "--schedule", *schedule.split()])
+def test_the_learning_rate_follows_its_formula_at_every_step(schedule, epochs, expected, flags, rates, tmp_path):
+    train.main([*flags, "--epochs", str(epochs), "--schedule", schedule])
     assert rates == pytest.approx([expected(step / 2) for step in range(2 * epochs)], abs=1e-9)
+    logged = [row["lr"] for row in read_log(tmp_path / "run")]
+    assert logged == pytest.approx(rates[::2], rel=1e-5)  # that of an epoch's first step
 
 
-@pytest.mark.parametrize("factor, warmup, expected", [
-    (1.0, "0", [0.01, 0.01, 0.003, 0.0009]),  # no epoch is better than the first
-    (0.9, "0", 4 * [0.01]),
-    (1.0, "4", [0.0025, 0.005, 0.00225, 0.0009]),  # the rate of the last step of an epoch
+def test_more_epochs_on_resume_move_the_end_of_the_cosine(flags, rates, tmp_path):
+    train.main([*flags, "--epochs", "1", "--schedule", "cosine"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "4", "--lr", "0.1"])
+    cosine = [(1 + math.cos(math.pi * t)) / 2 for t in (0, 1 / 2, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 6 / 8, 7 / 8)]
+    assert rates == pytest.approx([lr * factor for lr, factor in zip(6 * [0.01] + 2 * [0.1], cosine)])
+
+
+@pytest.mark.parametrize("factor, expected", [
+    (1.0, [0.01, 0.01, 0.01, 0.003, 0.003, 0.0009]),  # no epoch is better than the first
+    (0.995, [0.01, 0.01, 0.01, 0.003, 0.003, 0.003]),  # less than 1 % better than the best is no progress
+    (0.98, 6 * [0.01]),
 ])
-def test_plateau_lowers_the_rate_where_the_rmse_stays_and_not_where_it_falls(factor, warmup, expected, flags, tmp_path, monkeypatch):
+def test_plateau_lowers_the_rate_where_the_rmse_stays_and_not_where_it_falls(factor, expected, flags, rates, monkeypatch):
+    monkeypatch.setattr(train, "PLATEAU", dict(factor=0.3, patience=1, threshold=0.01))
     let_rmse_fall(monkeypatch, factor)
-    train.main([*flags, "--epochs", str(len(expected)), "--warmup", warmup])
-    assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(expected)
+    train.main([*flags, "--epochs", str(len(expected))])
+    assert rates[::2] == rates[1::2] == pytest.approx(expected)
 
 
-def test_clip_bounds_the_norm_of_the_gradient(flags, every_step):
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_clip_bounds_the_norm_of_the_gradient(amp, flags, monkeypatch):
     norms = []
-    every_step(lambda optimizer: norms.append(sum(p.grad.square().sum() for g in optimizer.param_groups for p in g["params"]).sqrt().item()))
-    train.main([*flags, "--epochs", "1"])
-    train.main([*flags, "--epochs", "1", "--out", flags[-1] + "-clipped", "--clip", "0.01"])
-    assert min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
+    def norm(optimizer, *_):
+        weights = optimizer.param_groups[0]["params"]
+        norms.append(sum(weight.grad.square().sum() for weight in weights).sqrt().item())
+
+    scaler = torch.amp.GradScaler  # the usual scale of 65536 overflows at first, and those steps are left out
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=64.0, **k))
+    hook = register_optimizer_step_pre_hook(norm)
+    train.main([*flags, "--epochs", "1", "--amp", amp])
+    train.main([*flags, "--epochs", "1", "--amp", amp, "--out", flags[-1] + "-clipped", "--clip", "0.01"])
+    hook.remove()
+    assert len(norms) == 4 and min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-2)
 
 
 def test_compile_trains_the_same_network_and_saves_it_under_its_own_names(flags, finished, tmp_path, monkeypatch):
-    compile, calls = torch.compile, []
+    calls = []
+    compile = torch.compile
 
     def traced(network):  # for real, but for the machine code, which takes minutes
         compiled = compile(network, backend="eager")
@@ -329,255 +455,279 @@ def test_compile_trains_the_same_network_and_saves_it_under_its_own_names(flags,
     monkeypatch.setattr(torch, "compile", traced)
     train.main([*flags, "--epochs", "1", "--compile"])
     assert len(calls) == 2
-    weights = torch.load(tmp_path / "run" / "last.pt")["weights"]
-    assert read_log(tmp_path / "run")[0] == pytest.approx(read_log(finished[0])[0], rel=1e-3)
-    model.build_model("fastdepth-pruned").load_state_dict(weights)
+    assert read_log(tmp_path / "run")[0] == pytest.approx(read_log(finished)[0], rel=1e-3)
+    assert load(tmp_path / "run" / "last.pt")["weights"].keys() == load(finished / "last.pt")["weights"].keys()
 
 
-def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path, every_step):
-    groups = []
-    every_step(lambda optimizer: groups.append([optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "momentum")]))
+def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path):
     train.main([*flags, "--epochs", "1", "--weight-decay", "0.02", "--momentum", "0.8"])
-    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--weight-decay", "0.03", "--lr", "0.004"])
-    assert groups == 2 * [[0.01, 0.02, 0.8]] + 2 * [[0.004, 0.03, 0.8]]
-    assert len(read_log(tmp_path / "run")) == 2
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
+    names = ("lr", "weight_decay", "momentum")
+    groups = [load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0]]
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "3", "--weight-decay", "0.03", "--lr", "0.004"])
+    groups.append(load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0])
+    assert [[group[name] for name in names] for group in groups] == [[0.01, 0.02, 0.8], [0.004, 0.03, 0.8]]
+    assert len(read_log(tmp_path / "run")) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("able, amp", [({}, "none"), (dict(avx512_bf16=True), "bf16"), (dict(amx_bf16=True), "bf16")])
+def test_bf16_is_the_default_only_where_the_processor_computes_it(able, amp, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert train.parse(["--device", "cpu"])[0].amp == amp
+    assert train.parse(["--device", "cpu", "--amp", "fp16"])[0].amp == "fp16"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Stopping and going on
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_at, more", [
-    (2, "--epochs 1 --optimizer adam --schedule none"),  # in the first epoch
-    (8, "--epochs 5 --optimizer sgd --schedule plateau --warmup 4.5"),  # in the fourth, the rate has fallen and is warming up
-    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 2 --augment paper"),
-    (12, "--epochs 6 --optimizer sgd --schedule step --augment paper"),  # in the sixth, where the rate has fallen
+    (4, "--epochs 3 --optimizer adamw --schedule none"),
+    (8, "--epochs 5 --optimizer sgd --schedule plateau"),  # in the fourth epoch: the rate has fallen
+    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 1 --augment paper"),
+    (12, "--epochs 6 --optimizer sgd --schedule step --augment camera"),  # in the sixth: the rate has fallen
+    (4, "--epochs 3 --amp fp16 --clip 1 --schedule cosine --augment colour"),
 ])
-def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, every_step):
+def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "PLATEAU", dict(factor=0.3, patience=0, threshold=0.01))
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     whole = [*flags, *more.split()]
     train.main([*whole, "--out", str(tmp_path / "whole")])
-    steps = []
+    steps = itertools.count(1)
+    finite_sum = train.finite_sum
 
-    def interrupt(optimizer):
-        steps.append(optimizer)
-        if len(steps) == stop_at:
+    def interrupted(*args):
+        if next(steps) == stop_at:
             raise KeyboardInterrupt
+        return finite_sum(*args)
 
-    every_step(interrupt)
+    monkeypatch.setattr(train, "finite_sum", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.main(whole)
-    assert len(torch.load(tmp_path / "run" / "last.pt")["history"]) == (stop_at - 1) // 2  # whole epochs only
+    assert f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert len(load(tmp_path / "run" / "last.pt")["history"]) == (stop_at - 1) // 2  # whole epochs only
     train.main(["--resume", str(tmp_path / "run")])
-    assert same(torch.load(tmp_path / "whole" / "last.pt"), torch.load(tmp_path / "run" / "last.pt"))
-    assert same(torch.load(tmp_path / "whole" / "best.pt")["weights"], torch.load(tmp_path / "run" / "best.pt")["weights"])
+    for name in ("last.pt", "best.pt"):
+        assert same(load(tmp_path / "whole" / name), load(tmp_path / "run" / name))
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
 
 
-def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(flags, finished, tmp_path):
-    script = """
-import os, signal, sys, torch, train
-from pathlib import Path
+# Processes that end in other ways than by themselves: what to do first; they share one start of Python.
+KILLED = {
+    "before last.pt of epoch 1": 'at_call(os, "replace", 1, kill)',
+    "before best.pt of epoch 1": 'at_call(os, "replace", 2, kill)',
+    "before log.csv of epoch 1": 'at_call(os, "replace", 3, kill)',
+    "in epoch 2": 'at_call(train, "finite_sum", 4, kill)',
+    "before last.pt of epoch 2": 'at_call(os, "replace", 5, kill)',
+    "before best.pt of epoch 2": 'at_call(os, "replace", 6, kill)',
+    "before the samples": 'at_call(train, "finish", 1, kill)',
+}
+ENDINGS = KILLED | {
+    "before the samples, called": 'at_call(train, "finish", 1, kill); data.run_script = lambda main, *_: main()',
+    "Ctrl-C in epoch 1": 'at_call(train, "finite_sum", 1, ctrl_c)',
+    "Ctrl-C in epoch 2": 'at_call(train, "finite_sum", 3, ctrl_c); sys.argv += ["--workers", "2"]',
+    "full disk": "full_disk()",
+}
+SCRIPT = """
+import json, os, resource, signal, sys
+import data, model, train
 
-class Fatal:  # its n-th call ends the process
-    def __init__(self, call, n, last_words=lambda *a: None):
-        self.call, self.n, self.last_words = call, n, last_words
+def at_call(owner, name, n, action):
+    calls, original = iter(range(1, 999)), getattr(owner, name)
+    def counting(*args, **kwargs):
+        if next(calls) == n:
+            action()
+        return original(*args, **kwargs)
+    setattr(owner, name, counting)
 
-    def __call__(self, *args):
-        self.n -= 1
-        if self.n == 0:
-            self.last_words(*args)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.call(*args)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-whole = torch.save
-def half(state, file):
-    whole(state, file)
-    os.truncate(file, Path(file).stat().st_size // 2)
+def ctrl_c():  # as a terminal does: to this process and its workers
+    os.killpg(0, signal.SIGINT)
 
-for moment in sys.argv[1].split():
-    what, n = moment.split(":")
-    if not os.fork():
-        if what == "save":
-            torch.save = Fatal(torch.save, int(n), half)
-        else:
-            train.write_record = Fatal(train.write_record, int(n))
-        train.main([*sys.argv[2:], "--epochs", "2", "--out", "run-" + moment])
-    assert os.wait()[1] == signal.SIGKILL, moment
+def full_disk():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+codes = {}
+for ending, code in json.loads(sys.argv.pop(1)).items():
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.dup2(os.open(ending + ".out", os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(os.open(ending + ".err", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv += ["--out", ending]
+        exec(code)
+        sys.exit(data.run_script(train.main, model.ModelError) is None)
+    codes[ending] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(json.dumps(codes))
 """
-    # In the first checkpoint, in the best of epoch 1, in the last of epoch 1 (best.pt is an epoch ahead), and before the last log
-    moments = ["save:1", "save:2", "save:3", "record:2"]
-    subprocess.run([sys.executable, "-c", script, " ".join(moments), *flags], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for moment in moments:
-        out = tmp_path / f"run-{moment}"
-        assert len(list(out.glob("*.partial"))) == moment.startswith("save")
-        train.main([*flags, "--epochs", "2", "--out", str(out)] if moment == "save:1" else ["--resume", str(out)])
-        assert {file.name for file in out.iterdir()} == {file.name for file in finished[0].iterdir()}
-        for name in ("last.pt", "best.pt"):
-            assert same(torch.load(out / name), torch.load(finished[0] / name)), (moment, name)
-        assert read_log(out) == read_log(finished[0])
 
 
-def test_a_rate_given_on_resume_replaces_the_one_that_plateau_has_lowered_also_where_it_is_the_old_one(flags, tmp_path, monkeypatch, capsys):
-    let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
-    train.main([*flags, "--epochs", "3", "--schedule", "plateau", "--lr", "0.01"])
-    for given, rate in (["0.01"], 0.01), ([], 0.003):
-        capsys.readouterr()
-        train.main(["--resume", str(tmp_path / "run"), "--epochs", str(4 + (not given)), *(["--lr", *given] if given else [])])
-        assert f"lr {rate:g}," in capsys.readouterr().out and read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(rate)
+@pytest.fixture(scope="session")
+def endings(rooms, tmp_path_factory):
+    """The folder in which each of ENDINGS has left a run, .out and .err, and their exit codes."""
+    folder = tmp_path_factory.mktemp("endings")
+    argv = [json.dumps(ENDINGS), *MINIATURE, "--data", rooms, "--epochs", "2"]
+    result = subprocess.run([sys.executable, "-c", SCRIPT, *map(str, argv)], cwd=folder, env=ENV, text=True,
+                            capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)
 
 
-def test_fp16_goes_on_bit_for_bit_with_the_scale_of_its_loss_and_may_begin_on_resume(flags, finished, tmp_path):
-    whole = [*flags, *"--amp fp16 --clip 1 --schedule none".split()]
-    train.main([*whole, "--epochs", "3", "--out", str(tmp_path / "whole")])
-    train.main([*whole, "--epochs", "2"])
-    train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
-    assert same(*(torch.load(tmp_path / out / "last.pt") for out in ("whole", "run")))
-    out = copy_of(finished[0], tmp_path / "begun")
-    train.main(["--resume", str(out), "--epochs", "3", "--amp", "fp16"])
-    assert torch.load(out / "last.pt")["scaler"]["scale"] > 0 and not torch.load(finished[0] / "last.pt")["scaler"]
+@pytest.mark.parametrize("ending", KILLED)
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(ending, endings, rooms, finished):
+    folder, codes = endings
+    out = folder / ending
+    assert codes[ending] == -signal.SIGKILL
+    if (out / "last.pt").exists():
+        train.main(["--resume", str(out)])
+    else:
+        train.main([*MINIATURE, "--data", str(rooms), "--epochs", "2", "--out", str(out)])
+    assert {file.name for file in out.iterdir()} == {file.name for file in finished.iterdir()}
+    for name in ("last.pt", "best.pt"):
+        assert same(load(out / name), load(finished / name))
+    assert read_log(out) == read_log(finished)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
-    out = copy_of(finished[0], tmp_path / "run")
-    before = contents(out)
-    assert train.main(["--resume", str(out)]) == pytest.approx(finished[1])
-    assert contents(out) == before
+@pytest.mark.parametrize("ending", ["before the samples", "before the samples, called"])
+def test_every_line_is_in_the_file_at_once(ending, endings):
+    lines = (endings[0] / f"{ending}.out").read_text().splitlines()
+    assert lines[0].startswith("device") and [line.split()[0] for line in lines[-3:]] == ["epoch", "1", "2"]
 
 
-def test_ctrl_c_keeps_the_last_epoch_and_prints_the_command_that_goes_on(flags, tmp_path):
-    out = tmp_path / "a run"  # which a shell must be told in quotes
-
-    def in_the_foreground():  # processes in the background ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "train.py"), *flags, "--out", str(out), "--epochs", "300"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=in_the_foreground)
-    lines = iter(process.stdout.readline, "")
-    assert any(line.split()[:1] == ["1"] for line in lines)  # the first epoch is done
-    process.send_signal(signal.SIGINT)
-    said, err = process.communicate()
-    assert process.returncode == 130 and err == ""
-    epochs = len(torch.load(out / "last.pt")["history"])
-    words = shlex.split(said.rpartition("python train.py ")[2])
-    train.main([*words, "--epochs", str(epochs + 1)])
-    assert len(read_log(out)) == epochs + 1
-    assert not list(out.glob("*partial*"))
+def test_ctrl_c_ends_quietly_and_says_how_to_go_on(endings):
+    folder, codes = endings
+    for ending, said in (("Ctrl-C in epoch 1", "nothing is kept"),
+                         ("Ctrl-C in epoch 2", "python train.py --resume 'Ctrl-C in epoch 2'")):
+        assert codes[ending] == 130 and (folder / f"{ending}.err").read_text() == ""
+        assert said in (folder / f"{ending}.out").read_text()
+    assert not (folder / "Ctrl-C in epoch 1").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
-def test_ctrl_c_while_workers_start_is_as_quiet_as_at_any_other_time(flags, tmp_path):
-    # A terminal sends Ctrl-C to the whole group: here it meets every worker before its first line, and their parent in the third fork.
-    script = """
-import os, signal, sys, threading, time, train
-from data import run_script
-from multiprocessing.util import register_after_fork
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests run in the background
-threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # the signal may reach any thread
-fork, n = os.fork, 0
-
-def counting_fork():
-    global n
-    n, pid = n + 1, fork()
-    if n == 3 and pid:
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            print("half the workers are there: too early to stop", file=sys.stderr)
-            raise
-    return pid
-
-os.fork = counting_fork
-register_after_fork(train, lambda _: n >= 3 and signal.raise_signal(signal.SIGINT))
-run_script(train.main)
-"""
-    result = subprocess.run([sys.executable, "-c", script, *flags, "--workers", "2", "--epochs", "2"], cwd=ROOT, text=True, capture_output=True)
-    assert (result.returncode, result.stderr) == (130, "")
-    assert f"--resume {tmp_path / 'run'}" in result.stdout
+def test_a_disk_that_is_full_from_the_start_gets_one_line_and_no_folder_stays(endings):
+    folder, codes = endings
+    line = (folder / "full disk.err").read_text()
+    assert codes["full disk"] == 2 and "full disk/last.pt: cannot be written" in line and line.count("\n") == 1
+    assert not (folder / "full disk").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(finished, tmp_path, capsys):
-    out = copy_of(finished[0], tmp_path / "run")
-    before = contents(out)
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)")
+    result = subprocess.run([sys.executable, ROOT / "train.py"], env=ENV | {"PYTHONPATH": str(tmp_path)}, text=True,
+                            capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # where every step, and every 20 steps are looked at
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(device, run, capsys):
+    before = contents(run)
     with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", str(out), "--epochs", "3", "--schedule", "none", "--lr", "1e30"])  # the second step is NaN
-    message = capsys.readouterr().err
-    assert stop.value.code == 1 and "epoch 3" in message and "step 2" in message
-    files = {word for word in message.split() if word.endswith(".h5")}
-    assert len(files) == 4 and all(Path(file).is_file() and "/train/" in file for file in files)
-    assert contents(out) == before
+        train.main(["--resume", str(run), "--epochs", "3", "--schedule", "none", "--lr", "1e30", "--device", device])
+    message = stop.value.code  # Python prints it and exits with 1
+    assert "the loss is nan in epoch 3, step 2" in message and "--lr" in message
+    args, _ = train.parse(MINIATURE)
+    train_set = data.open_dataset(load(run / "last.pt")["args"]["data"], "train", limit=10)
+    batch = train.epoch_loader(args, 3, train_set, rank=0, ranks=1).sampler[4:8]
+    assert message.endswith(", ".join(train_set.files[i] for i in batch))
+    assert contents(run) == before and "--resume" in capsys.readouterr().out
 
 
-def test_a_validation_that_is_not_finite_stops_the_run_and_never_becomes_the_best(finished, tmp_path, monkeypatch, capsys):
-    out = copy_of(finished[0], tmp_path / "run")
-    before = contents(out)
-    values = iter([1.0, float("nan")])  # of the constant map, and of the network
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": next(values)}, None))
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", str(out), "--epochs", "3"])
-    assert stop.value.code == 1 and "nan after epoch 3" in capsys.readouterr().err
-    assert contents(out) == before
+def test_a_loss_is_looked_at_every_20_steps_so_that_nothing_waits_for_the_device(flags, monkeypatch):
+    looked = []
+    finite_sum = train.finite_sum
+
+    def spy(unchecked, *rest):
+        looked.append([step for step, _, _ in unchecked])
+        return finite_sum(unchecked, *rest)
+
+    monkeypatch.setattr(train, "finite_sum", spy)
+    more = "--epochs 1 --data rooms:48 --limit 48 --batch-size 2 --size 32 32 --device cpu:0"
+    train.main([*flags, *more.split()])
+    assert looked == [list(range(1, 21)), list(range(21, 25))]
 
 
-@pytest.mark.parametrize("error, becomes", [(RuntimeError("PytorchStreamWriter failed writing file"), ValueError),
-                                            (OSError(28, "No space left on device"), ValueError),
-                                            (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(error, becomes, finished, tmp_path, monkeypatch):
-    out = copy_of(finished[0], tmp_path / "run")
-    before = contents(out)
+@pytest.mark.parametrize("broken", ["rmse", "weights"])
+def test_a_validation_that_is_not_finite_stops_the_run_and_never_becomes_the_best(broken, run, monkeypatch, capfd):
+    before = contents(run)
+    if broken == "rmse":
+        values = iter([1.0, float("inf")])  # of the baseline, and of the network
+        monkeypatch.setattr(train, "evaluate", lambda *a, **k: (evaluate(*a, **k)[0] | dict(rmse=next(values)), {}))
+    else:
+        validate = train.validate
 
-    def half(state, file):
-        Path(file).write_bytes(before[out / "last.pt"][:1000])
-        raise error
+        def after_damage(args, epoch, loader, network, rank):
+            next(network.parameters()).data.fill_(float("nan"))
+            return validate(args, epoch, loader, network, rank)
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(becomes) as caught:
-        train.main(["--resume", str(out), "--epochs", "3"])
-    assert becomes is KeyboardInterrupt or str(out) in str(caught.value)
-    assert contents(out) == before
+        monkeypatch.setattr(train, "validate", after_damage)
+    assert "epoch 3, validation" in refused(["--resume", run, "--epochs", "3"], monkeypatch, capfd)
+    assert contents(run) == before
 
 
-def test_a_run_that_cannot_write_its_first_checkpoint_does_not_offer_to_resume(flags, tmp_path, monkeypatch, capfd):
-    def full(state, file):
-        raise OSError(28, "No space left on device")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_whole(run, monkeypatch, capfd):
+    (run / "best.pt").write_bytes((run / "last.pt").read_bytes())
+    before = contents(run)
+    replace = os.replace
 
-    monkeypatch.setattr(torch, "save", full)
-    line = refused(flags, monkeypatch, capfd)
-    assert "No space left on device" in line and line.endswith("make room\n")
+    def full(partial, file):
+        if file.name == "last.pt":
+            raise OSError(28, "No space left on device")
+        replace(partial, file)
+
+    monkeypatch.setattr(os, "replace", full)
+    line = refused(["--resume", run, "--epochs", "3"], monkeypatch, capfd)
+    assert "run/last.pt" in line and "No space left on device" in line
+    assert contents(run) == before
 
 
 def test_a_run_never_overwrites_another(rooms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    started, once = [*MINIATURE, "--data", str(rooms), "--epochs", "1"], [True]
+    started = [*MINIATURE, "--data", str(rooms), "--epochs", "1"]
+    once = [True]
 
-    def another_starts_meanwhile(*a, **k):
+    def another_starts_meanwhile(*args, **kwargs):
         if once and once.pop():
             train.main(started)
-        return evaluate(*a, **k)
+        return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(train, "evaluate", another_starts_meanwhile)
     train.main(started)
     train.main(started)
     runs = [tmp_path / "runs" / f"fastdepth-pruned-{k}" for k in (1, 2, 3)]
     assert sorted((tmp_path / "runs").iterdir()) == runs and all((out / "samples.png").exists() for out in runs)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match="--resume"):
-        train.main([*started, "--out", str(runs[0])])
-    assert contents(tmp_path) == before
 
 
-# ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("there", ["best.pt", "last.pt", "notes.txt", ""])
+def test_out_must_be_a_new_or_empty_folder(there, flags, tmp_path, monkeypatch, capfd):
+    file = tmp_path / "run" / there  # "": the folder is a file
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    assert "run: is not an empty folder" in refused(flags, monkeypatch, capfd)
+    assert contents(tmp_path) == {file: b"mine"}
+
+
+def test_a_run_that_failed_does_not_block_its_folder(flags, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    refused([*flags, "--data", "NOWHERE"], monkeypatch, capfd)
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--lr", "1e30"])
+    assert not out.exists()
+    out.mkdir()
+    (out / "last.pt.partial-99999999").write_text("left by a killed process")
+    train.main([*flags, "--epochs", "1"])
+    assert (out / "last.pt").exists() and not list(out.glob("*partial*"))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Several processes
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-
-def test_two_processes_train_as_one_that_normalises_the_halves_of_a_batch_apart(flags, tmp_path, monkeypatch):
-    script = """
-import itertools, json, os, sys, time, train
+RANK = """
+import json, os, sys, time, train
 from pathlib import Path
 from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -585,19 +735,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 # PyTorch lets the processes of one launch meet once; here one launch stands for three.
 meet, distributed.destroy_process_group = distributed.init_process_group, lambda: None
 distributed.init_process_group = lambda *a, **k: distributed.is_initialized() or meet(*a, **k)
-rank, rates, evaluate, calls = int(os.environ["RANK"]), [], train.evaluate, itertools.count()
-if rank == 1:  # which writes nothing
-    train.save_checkpoint = train.write_record = train.sample_sheet = None
+rank, rates, evaluate = int(os.environ["RANK"]), [], train.evaluate
+if rank == 1:  # which neither writes nor validates
+    train.save = train.log = train.finish = train.evaluate = None
+else:  # the RMSE stays where it is, so that plateau lowers the rate
+    train.evaluate = lambda *a, **k: (evaluate(*a, **k)[0] | dict(rmse=1.0), {})
+train.PLATEAU = dict(factor=0.3, patience=0, threshold=0.01)
 register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
 
-def wait(what):  # rank 0 has still to write when the others are done
+def wait(what):  # rank 0 has still to write when the other is done
     if rank == 0:
         Path(what).touch()
     while not Path(what).exists():
         time.sleep(0.05)
 
-# the RMSE stays where it is, so that plateau lowers the rate; that of rank 1, should anybody ask, falls
-train.evaluate = lambda *a, **k: ({**evaluate(*a, **k)[0], "rmse": 0.5 ** (rank * next(calls))}, None)
 results = [train.main([*sys.argv[1:], "--epochs", "3"])]
 wait("first")
 results += [train.main(["--resume", sys.argv[-1], "--epochs", "4"])]
@@ -610,52 +761,54 @@ except SystemExit as stop:
     results.append(stop.code)
 Path(f"{rank}.json").write_text(json.dumps([rates, results]))
 """
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
-    process = subprocess.run([*command, *flags], cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())})  # torchrun's is 1
+
+
+def test_two_processes_train_as_one_that_normalises_the_halves_of_a_batch_apart(flags, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    process = subprocess.run([*torchrun, *flags], cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=200)
     assert process.returncode == 0, process.stderr
-    (rates, results), (rates_1, results_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert rates == rates_1 == pytest.approx(4 * [0.01] + 2 * [0.003] + 2 * [0.0009])  # no epoch was better than the first
-    assert same(results, results_1) and results[2] == 1 and process.stderr.count("the loss is nan in epoch 5, step 1") == 1
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    (rates, results), (rates_1, results_1) = ranks
+    expected = [0.01, 0.01, 0.003, 0.0009]  # no epoch was better than the first
+    assert rates[:8:2] == rates[1:8:2] == rates_1[:8:2] == pytest.approx(expected)
+    assert rates == rates_1 and same(results[:2], results_1[:2])
+    assert results[2] == 1 and "the loss is nan in epoch 5, step 1" in results_1[2]  # rank 1 read the bad batch
     assert process.stdout.count("2 processes") == 3 and process.stdout.count("best epoch") == 2  # one speaks
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").glob("*.partial*"))
 
     forward, l1 = model.DepthNet.forward, train.make_loss("l1")
 
     def by_halves(network, image):
-        return torch.stack([forward(network, image[k::2]) for k in (0, 1)], 1).flatten(0, 1) if network.training else forward(network, image)
+        if not network.training:
+            return forward(network, image)
+        return torch.stack([forward(network, image[k::2]) for k in (0, 1)], 1).flatten(0, 1)
 
     monkeypatch.setattr(model.DepthNet, "forward", by_halves)
-    monkeypatch.setattr(train, "make_loss", lambda *a: lambda *tensors: sum(l1(*(t[k::2] for t in tensors)) for k in (0, 1)) / 2)
+    monkeypatch.setattr(train, "make_loss", lambda *a: lambda *tensors: (
+        l1(*(t[0::2] for t in tensors)) + l1(*(t[1::2] for t in tensors))) / 2)
+    monkeypatch.setattr(train, "PLATEAU", dict(factor=0.3, patience=0, threshold=0.01))
     let_rmse_fall(monkeypatch, 1.0)
     train.main([*flags, "--epochs", "4", "--out", str(tmp_path / "one")])
-    assert [row["loss"] for row in read_log(tmp_path / "run")] == pytest.approx([row["loss"] for row in read_log(tmp_path / "one")], rel=1e-3)
-    one, two = (torch.load(tmp_path / out / "last.pt")["weights"] for out in ("one", "run"))
-    start = torch.load(tmp_path / "one" / "best.pt")["weights"]
-    for name in (name for name in one if name.endswith("weight")):  # rounding grows from step to step, but not to a part in fifty
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("run", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    one, two = (load(tmp_path / name / "last.pt")["weights"] for name in ("one", "run"))
+    start = load(tmp_path / "one" / "best.pt")["weights"]
+    for name in (name for name in one if name.endswith("weight")):  # rounding grows, but not to a part in fifty
         assert (one[name] - two[name]).norm() <= 0.02 * (one[name] - start[name]).norm(), name
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What bad input gets
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# What bad input gets, and what a bug gets
+# ------------------------------------------------------------------------------------------------------------
 
 
-def refused(argv, monkeypatch, capfd):
-    """The one line with which the command refuses argv."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        data.run_script(train.main)
-    error = capfd.readouterr().err
-    assert stop.value.code == 2 and error.startswith("train.py: error: ") and error.count("\n") == 1, error
-    return error
-
-
-def test_help_says_the_default_of_every_flag_that_has_one():
-    text = train.make_parser().format_help()
+def test_every_flag_has_a_help_text_and_says_its_default():
+    parser = train.make_flags()
+    text = parser.format_help()
+    assert all(action.help for action in parser._actions)
     assert "None" not in text and "(default: 0.0001)" in text and "(default: the network's)" in text
-    assert re.search(r"--loss \{[^}]*\}\s+\(default: l1\)", text) and re.search(r"--seed SEED\s+\(default: 0\)", text)
+    assert re.search(r"--loss \{[^}]*\}\s+see loss.py \(default: l1\)", text)
 
 
 @pytest.mark.parametrize("wrong, named", [
@@ -663,23 +816,31 @@ def test_help_says_the_default_of_every_flag_that_has_one():
     ("--lr fast", "fast"),
     ("--epochs 0", "--epochs"),
     ("--batch-size 0", "--batch-size"),
-    ("--batch-size 11", "11"),
+    ("--batch-size 11", "has only 10 training pairs: lower --batch-size"),
+    ("--batch-size 1 --size 32 32", "--batch-size 1 with --size 32 32"),
     ("--clip -1", "--clip"),
-    ("--warmup -1 --schedule none", "--warmup: must be 0 or above 0, got -1"),
-    ("--warmup nan", "--warmup"),
-    ("--workers -1", "--workers: must be 0 or above 0, got -1"),
+    ("--workers -1", "--workers"),
+    ("--workers 100000", "--workers 100000"),
+    ("--threads -1", "--threads"),
+    ("--max-depth inf", "--max-depth"),
+    ("--max-depth 0.001", "0.001"),  # nothing is valid
+    ("--depth-scale 0", "--depth-scale"),
     ("--size 100 100", "100"),
     ("--size 0 64", "--size"),
     ("--model fastdeep", "fastdeep"),
-    ("--options skip", "skip"),
+    ("--options skip", "KEY=VALUE"),
     ("--options skip=never", "never"),
     ("--options sky=none", "sky"),
+    ("--options name=fpn", "name=fpn"),
+    ("--options max_depth=3", "max_depth=3"),
     ("--loss l3", "l3"),
+    ("--optimizer lion", "lion"),
+    ("--preset mine", "mine"),
     ("--device tpu9", "tpu9"),
     ("--data NOWHERE", "NOWHERE"),
     ("--init NOWHERE.pt", "NOWHERE.pt"),
     ("--init NOWHERE.pt --pretrained", "--pretrained"),
-    ("--max-depth 0.001", "--max-depth"),  # nothing is valid
+    ("--encoder-weights NOWHERE.pth", "NOWHERE.pth"),
 ])
 def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -689,51 +850,61 @@ def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, 
 
 def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "multiple of 3" in refused(flags, monkeypatch, capfd)
+    assert "--batch-size 4: must be a multiple of the 3 processes" in refused(flags, monkeypatch, capfd)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--preset best", "--out elsewhere", "--init best.pt", "--pretrained", "--encoder-weights x.pth"])
-def test_flags_of_a_new_run_are_refused_on_resume(finished, flag):
-    with pytest.raises(ValueError, match=f"{flag.split()[0]} is for a new run"):
-        train.main(["--resume", str(finished[0]), *flag.split()])
-
-
-def test_a_dry_run_renders_no_rooms(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="data/rooms: does not hold 8 rooms"):
-        train.main(["--rooms", "8", "--dry-run"])
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("flag", ["--preset best", "--out elsewhere", "--init best.pt", "--pretrained",
+                                  "--encoder-weights x.pth"])
+def test_flags_of_a_new_run_are_refused_on_resume(finished, flag, monkeypatch, capfd):
+    line = refused(["--resume", finished, *flag.split()], monkeypatch, capfd)
+    assert f"{flag.split()[0]} is for a new run" in line
 
 
 @pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat", "--optimizer adam"])
-def test_resume_refuses_to_become_another_network_or_optimizer(more, finished, tmp_path, monkeypatch, capfd):
-    out = copy_of(finished[0], tmp_path / "run")
-    before = contents(out)
-    refused(["--resume", str(out), "--epochs", "3", *more.split()], monkeypatch, capfd)
-    assert contents(out) == before
+def test_resume_refuses_to_become_another_network_or_optimizer(more, run, monkeypatch, capfd):
+    before = contents(run)
+    line = refused(["--resume", run, "--epochs", "3", *more.split()], monkeypatch, capfd)
+    assert f"another {more.split()[0]}" in line and contents(run) == before
 
 
 @pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat"])
 def test_init_refuses_the_weights_of_another_network(more, flags, finished, monkeypatch, capfd):
-    assert "best.pt" in refused([*flags, "--init", str(finished[0] / "best.pt"), *more.split()], monkeypatch, capfd)
+    line = refused([*flags, "--init", finished / "best.pt", *more.split()], monkeypatch, capfd)
+    assert "best.pt" in line and "--model fastdepth-pruned" in line
 
 
-def test_resume_refuses_a_folder_without_a_run_and_a_checkpoint_cut_off(finished, tmp_path, monkeypatch, capfd):
-    out = tmp_path / "run"
-    out.mkdir()
-    assert str(out) in refused(["--resume", str(out)], monkeypatch, capfd)
-    (out / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:100_000])
-    assert str(out / "last.pt") in refused(["--resume", str(out)], monkeypatch, capfd)
-    assert "takes the folder of a run" in refused(["--resume", str(finished[0] / "best.pt")], monkeypatch, capfd)
+def test_resume_refuses_what_is_no_run_of_this_edition(run, finished, monkeypatch, capfd):
+    assert "nope/last.pt" in refused(["--resume", "nope"], monkeypatch, capfd)
+    assert "best.pt" in refused(["--resume", finished / "best.pt"], monkeypatch, capfd)
+    saved = load(run / "last.pt")
+    bare = {name: saved[name] for name in ("format", "config", "weights")}
+    first_edition = saved["config"] | dict(weights=saved["weights"])
+    for wrong in (bare, saved | dict(optimizer=[1]), saved | dict(args=None), saved | dict(history=[]),
+                  first_edition, saved["weights"], [1, 2]):
+        torch.save(wrong, run / "last.pt")
+        assert "last.pt" in refused(["--resume", run], monkeypatch, capfd)
+    (run / "last.pt").write_bytes((finished / "last.pt").read_bytes()[:100_000])
+    assert "last.pt" in refused(["--resume", run], monkeypatch, capfd)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_one_unreadable_sample_stops_the_run_and_is_named(workers, flags, rooms, tmp_path, monkeypatch, capfd):
-    bad = copy_of(rooms / "val" / "rooms", tmp_path / "val") / "00001.h5"
-    bad.write_bytes(bad.read_bytes()[:5000])
-    (tmp_path / "own" / "val").mkdir(parents=True)
-    (tmp_path / "val").rename(tmp_path / "own" / "val" / "rooms")
-    (tmp_path / "own" / "train").symlink_to(rooms / "train")
-    line = refused([*flags, "--data", str(tmp_path / "own"), "--workers", str(workers)], monkeypatch, capfd)
-    assert "own/val/rooms/00001.h5" in line
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_unreadable_sample_stops_the_run_and_is_named(workers, flags, pairs, tmp_path, monkeypatch, capfd):
+    root = tmp_path / "own"
+    shutil.copytree(pairs, root)
+    (root / "val" / "rgb" / "3.png").write_bytes((pairs / "val" / "rgb" / "3.png").read_bytes()[:60])
+    line = refused([*flags, "--data", root, "--workers", workers], monkeypatch, capfd)
+    assert "own/val/rgb/3.png" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError, RuntimeError, KeyError])
+@pytest.mark.parametrize("place", ["make_loss", "epoch_loader", "save"])
+def test_a_bug_shows_its_traceback_and_is_no_mistake_of_the_user(bug, place, flags, tmp_path, monkeypatch, capfd):
+    def broken(*args, **kwargs):
+        raise bug("an internal line")
+
+    monkeypatch.setattr(train, place, broken)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(bug, match="an internal line"):  # Python prints the traceback and exits with 1
+        data.run_script(train.main, model.ModelError)
+    assert capfd.readouterr().err == "" and not (tmp_path / "run").exists()
