@@ -116,8 +116,7 @@ def read_image(file):
 
 
 def read_depth(file, scale):
-    """A depth map in an image file (16 bits: value / scale; 8 bits: 255 = 10 m), .npy or .npz (metres) -> (H,
-    W)."""
+    """A depth file -> (H, W) metres: .npy, .npz, or an image of 16 bits (value / scale) or 8 (255 = 10 m)."""
     try:
         if file.suffix.lower() in (".npy", ".npz"):
             raw = np.load(file)
@@ -272,7 +271,7 @@ def shrink(image, factor):
         return image
     height, width = image.shape[:2]
     small = max(1, round(width * factor)), max(1, round(height * factor))
-    return np.asarray(Image.fromarray(image).resize(small, Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(image).resize(small, Image.Resampling.BILINEAR))
 
 
 def colour_jitter(image, brightness, contrast, saturation):
@@ -721,14 +720,20 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     pack = partial(pack_frame, dataset, size)
     frames = torch.utils.data.DataLoader(range(n), batch_size=None, num_workers=os.cpu_count(),
                                          collate_fn=pack, worker_init_fn=worker_init)
-    with whole_file(file) as f, h5py.File(f.name, "w") as h5:
-        h5.attrs["fastdepth_pack"] = PACK_VERSION
-        images = h5.create_dataset("image", (n, h, w, 3), np.uint8)
-        depths = h5.create_dataset("depth", (n, h, w), np.uint16)
-        for key in ("part", "scene", "name"):
-            h5[key] = [getattr(sample, key) for sample in dataset.samples]
-        for i, (image, depth) in enumerate(frames):
-            images[i], depths[i] = image, depth
+    with whole_file(file) as f:
+        f.truncate(n * h * w * 5)  # a limit on file sizes is an error here, and a crash in HDF5
+        with h5py.File(f.name, "w") as h5:
+            h5.attrs["fastdepth_pack"] = PACK_VERSION
+            images = h5.create_dataset("image", (n, h, w, 3), np.uint8)
+            depths = h5.create_dataset("depth", (n, h, w), np.uint16)
+            for key in ("part", "scene", "name"):
+                h5[key] = [getattr(sample, key) for sample in dataset.samples]
+            images[0, 0, 0, 0] = depths[0, 0, 0] = 0  # gives the arrays their place in the file
+            places = images.id.get_offset(), depths.id.get_offset()
+        for i, frame in enumerate(frames):
+            for place, array in zip(places, frame):
+                f.seek(place + i * array.nbytes)
+                f.write(array)
             progress("packing", i + 1, n, start)
     print(f"packed {n} frames in {time.time() - start:.0f} s")
 
@@ -783,7 +788,9 @@ def read_room(source, scale):
     """
     key, size = source
     image, depth = render_room(key, size)
-    return image, kinect_holes(depth, np.random.default_rng(list(f"{key} holes".encode()))) if " train " in key else depth
+    if " train " in key:
+        depth = kinect_holes(depth, np.random.default_rng(list(f"{key} holes".encode())))
+    return image, depth
 
 
 # To add a layout: write find and read, and add a row.
@@ -1099,7 +1106,19 @@ def render_room(key, size=ROOM_SIZE):
     depth = 1 / near
     point = [at + depth * (right * x + up * y[:, None] + ahead)
              for at, (right, up, ahead) in zip(room.eye.astype(np.float32), room.axes.T.astype(np.float32))]
+    image = shade(room, faces, hit, point)
 
+    # The camera: white balance, exposure, noise, tone.
+    exposure, _, noise, tone, *gains = room.camera.astype(np.float32)
+    image *= gains
+    image *= exposure / np.sqrt(image).mean()**2
+    image += noise * (rng.integers(0, 256, image.shape, np.uint8) / np.float32(128) - 1)
+    image = (image - np.float32(.05)).clip(0, 1)**(1 / tone)
+    return (255 * image + .5).astype(np.uint8), depth
+
+
+def shade(room, faces, hit, point):
+    """The light (H, W, 3) that comes from points x, y, z (H, W) on faces `hit` (H, W)."""
     # What is known of each face, for the face that each pixel shows.
     look = room.look.repeat(6)
     look[1], look[4] = 1, 2  # floor and ceiling
@@ -1120,28 +1139,20 @@ def render_room(key, size=ROOM_SIZE):
     row = v / cell_v
     column = u / cell_u + .5 * shift * np.floor(row)
     chance = hashed(np.floor(column), np.floor(row), look) / np.float32(256)
-    shade = 1 - contrast * chance[..., 3]
     to_joint = np.minimum(np.abs(column - np.rint(column)) * cell_u, np.abs(row - np.rint(row)) * cell_v)
-    shade -= .5 * (to_joint < joint)
+    reflected = 1 - contrast * chance[..., 3] - .5 * (to_joint < joint)
 
     # Light: of the room, less towards its corners, and of two lamps.
-    exposure, ambient, noise, tone, *gains = room.camera.astype(np.float32)
     low, high = room.boxes[0].astype(np.float32).reshape(2, 3)
     to_x, to_y, to_z = (np.minimum(at - low[i], high[i] - at) for i, at in enumerate(point))
     to_corner = np.maximum(np.minimum(to_x, to_z), np.minimum(np.maximum(to_x, to_z), to_y))  # second least
-    light = ambient * (to_corner + .15) / (to_corner + .3) + glow
+    light = np.float32(room.camera[1]) * (to_corner + .15) / (to_corner + .3) + glow
     for lamp, distance in zip(room.lamps.astype(np.float32), (before_0, before_1)):
         square = sum((position - at)**2 for position, at in zip(point, lamp))
         light += 1.2 * distance / (np.sqrt(square) * (1 + square / 9))
-
-    # The camera: white balance, exposure, noise, tone.
-    shade *= light
-    image = np.stack([gain * colour * shade * (1 + hues * (chance[..., i] - .5))
-                      for i, (gain, colour) in enumerate(zip(gains, (red, green, blue)))], -1)
-    image *= exposure / np.sqrt(image).mean()**2
-    image += noise * (rng.integers(0, 256, image.shape, np.uint8) / np.float32(128) - 1)
-    image = (image - np.float32(.05)).clip(0, 1)**(1 / tone)
-    return (255 * image + .5).astype(np.uint8), depth
+    reflected *= light
+    return np.stack([colour * reflected * (1 + hues * (chance[..., i] - .5))
+                     for i, colour in enumerate((red, green, blue))], -1)
 
 
 def kinect_holes(depth, rng):
@@ -1238,7 +1249,7 @@ def whole_file(file):
             yield f
         os.replace(partial, file)
     except OSError as error:
-        reason = error.strerror or error
+        reason = os.strerror(error.errno) if error.errno else error
         raise UserError(f"{file}: cannot be written ({reason}): make room, or choose another place") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -126,23 +126,16 @@ def main(argv=None):
 # Flags
 # ------------------------------------------------------------------------------------------------------------
 
-# SGD's, by measurement. The last two networks have no batch norm in the decoder: there 0.05 diverges.
-LEARNING_RATES = {
-    "fastdepth": 0.05,
-    "fastdepth-pruned": 0.05,
-    "fastdepth-table": 0.05,
-    "mobilenetv2-nnconv5": 0.05,
-    "densedepth": 0.005,
-    "fpn": 0.005,
-}
+# By measurement, for SGD. densedepth and fpn have no batch norm in the decoder: 0.05 diverges there.
+LEARNING_RATES = dict.fromkeys(MODELS, 0.05) | {"densedepth": 0.005, "fpn": 0.005}
 ADAM = 0.02  # Adam's learning rate / SGD's
 
 # A preset: network -> defaults of the flags that are not given. FastDepth's relatives take its published
-# recipe. FPN was published for detection: that paper's SGD in steps, with the learning rate from above.
+# recipe. FPN was published for detection: SGD in steps is that paper's, the learning rate the one from above.
 FASTDEPTH = dict(optimizer="sgd", lr=0.01, batch_size=8, schedule="step", loss="l1", augment="paper")
 DENSEDEPTH = dict(optimizer="adam", lr=1e-4, weight_decay=0, batch_size=8, schedule="none", loss="densedepth")
 PRESETS = {
-    "paper": {**dict.fromkeys(MODELS, FASTDEPTH), "densedepth": DENSEDEPTH, "fpn": dict(schedule="step")},
+    "paper": dict.fromkeys(MODELS, FASTDEPTH) | {"densedepth": DENSEDEPTH, "fpn": dict(schedule="step")},
     "best": dict.fromkeys(MODELS, dict(optimizer="adam", schedule="cosine", augment="camera")),
 }
 
@@ -242,7 +235,8 @@ def parse(argv):
     args.geometry = args.geometry or MODELS[args.model]["geometry"]
     args.options = dict(args.options or {})
     args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM)
-    data.check_device(args.device)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    data.check_device(device)
     args.amp = args.amp or ("bf16" if computes_bf16(args.device) else "none")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -434,20 +428,18 @@ def finite_sum(unchecked, epoch, dataset):
 
 def validate(args, epoch, loader, model, rank):
     """Metrics of the validation images, by rank 0 for all: one number must step every process's scheduler."""
-    result = None
-    if rank == 0:
-        def predict(image):
-            return model(image.to(args.device, memory_format=torch.channels_last))
+    def predict(image):
+        return model(image.to(args.device, memory_format=torch.channels_last))
 
+    results = [None]
+    if rank == 0:
         model.eval()
-        result, _ = evaluate(predict, loader, args.max_depth, name=f"epoch {epoch}, validation")
-        if not math.isfinite(result["rmse"]):
-            raise UserError(f"epoch {epoch}, validation: RMSE {result['rmse']}: lower --lr, or set --clip")
+        results[0], _ = evaluate(predict, loader, args.max_depth, name=f"epoch {epoch}, validation")
+        if not math.isfinite(results[0]["rmse"]):
+            raise UserError(f"epoch {epoch}, validation: the RMSE is infinite: lower --lr, or set --clip")
     if distributed.is_initialized():
-        shared = [result]
-        distributed.broadcast_object_list(shared)
-        result = shared[0]
-    return result
+        distributed.broadcast_object_list(results)
+    return results[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -493,22 +485,20 @@ def claim_folder(args):
 
 def show_plan(args, out, history, model, train_set, val_loader, ranks):
     """Print what is going to happen; returns the metrics of the mean-depth baseline."""
-    options = "".join(f" {key}={value}" for key, value in args.options.items())
     size = count(model, *args.size)
-    print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}")
-    if ranks > 1:
-        print(f"          {ranks} processes, each with {args.batch_size // ranks} images of a batch")
-    sizes = f"{len(train_set)} train, {len(val_loader.dataset)} val"
-    print(f"data      {args.data} ({train_set.layout}): {sizes}")
-    print(f"images    {args.size[0]}x{args.size[1]} ({args.geometry}), augment {args.augment}")
+    height, width = args.size
+    options = "".join(f" {key}={value}" for key, value in args.options.items())
+    print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}, {ranks} processes")
+    print(f"data      {args.data} ({train_set.layout}): "
+          f"{len(train_set)} train, {len(val_loader.dataset)} val")
+    print(f"images    {height}x{width} ({args.geometry}), augment {args.augment}")
     if args.size != MODELS[args.model]["size"]:
         print("          the network's own size is --size {} {}".format(*MODELS[args.model]["size"]))
-    print(f"network   {args.model}{options}: {size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} "
-          f"GMACs, output 1/{model.output_stride}")
-    print(f"training  {args.loss}, {args.optimizer}, lr {args.lr:g}, {args.schedule}, seed {args.seed}; "
-          f"{args.epochs} epochs of {len(train_set) // args.batch_size} steps of {args.batch_size} images")
-    if history:
-        print(f"          {len(history)} epochs are done")
+    print(f"network   {args.model}{options}: {size['parameters']:,} parameters, "
+          f"{size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
+    print(f"training  {args.loss}, {args.optimizer}, lr {args.lr:g}, {args.schedule}, seed {args.seed}")
+    print(f"          {args.epochs} epochs of {len(train_set) // args.batch_size} steps "
+          f"of {args.batch_size} images; {len(history)} epochs done")
     frames = copy.copy(train_set)
     frames.augment = "none"
     mean = mean_depth_baseline(frames, args.max_depth)
@@ -582,11 +572,12 @@ def draw_curves(history, baseline):
     draw = ImageDraw.Draw(sheet)
     for left, name in ((60, "loss"), (420, "rmse"), (780, "d1")):
         values = [row[name] for row in history]
-        level = baseline.get(name, values[0])
-        low, high = min(level, *values), max(level, *values)
-        heights = [210 - 170 * (value - low) / max(high - low, 1e-9) for value in (*values, level)]
+        levels = [*values, baseline.get(name, values[0])]
+        low, high = min(levels), max(levels)
+        heights = [210 - 170 * (level - low) / max(high - low, 1e-9) for level in levels]
         points = list(zip(torch.linspace(left, left + 285, len(values)).tolist(), heights))
-        draw.line([(left, heights[-1]), (left + 285, heights[-1])], fill="grey")
+        if name in baseline:
+            draw.line([(left, heights[-1]), (left + 285, heights[-1])], fill="grey")
         draw.line(points, fill=(182, 54, 122), width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))

@@ -23,13 +23,14 @@ import export
 from eval import load_predictor
 from model import ModelError, build_model, count, load_model
 
-SIZE = 160, 224  # not square: exchanged height and width would show
-WHOLE = 160, 256  # a whole 480x640 frame is exactly 175x246
-logging.getLogger("torch.__trace").propagate = False  # or pytest collects thousands of lines of torch.export
+SIZE = 64, 192  # not square: exchanged height and width would show
+WHOLE = 64, 224  # what a whole 480x640 frame is shown at: exactly 70x210
+logging.getLogger("torch.__trace").disabled = True  # or pytest collects thousands of lines of torch.export
 
 
 def save_checkpoint(file, name="fastdepth-pruned"):
-    """A network as after training, which has batch norm to fold, in a file as train.py writes it."""
+    """A network with batch norm to fold, in a file as train.py writes it. Its weights are positive: as after
+    training, and unlike random ones, a small error stays small from layer to layer."""
     torch.manual_seed(0)
     model = build_model(name)
     for layer in model.modules():
@@ -37,8 +38,10 @@ def save_checkpoint(file, name="fastdepth-pruned"):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, 3.0 if layer.num_features == 1 else 0.0, 0.3)
             layer.momentum = 0.5
-    for _ in range(7):  # running statistics follow
-        model(torch.rand(2, 3, 64, 96))
+        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.weight.data.abs_()
+    for seed in range(7):  # running statistics follow
+        model(blobs(4, *SIZE, seed))
     config = dict(model=name, options={}, size=SIZE, geometry="fastdepth", max_depth=10.0, frame=(480, 640))
     torch.save(dict(format=2, config=config, weights=model.state_dict()), file)
     return file
@@ -65,19 +68,22 @@ def whole(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
-    """Five frames of noise in val, four in train."""
-    root, rng = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
-    for part, k in [*itertools.product(["val"], range(5)), *itertools.product(["train"], range(4))]:
-        file = root / part / "scene" / f"{k}.h5"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(file, "w") as h5:
-            h5["rgb"] = rng.integers(0, 256, (3, 480, 640), np.uint8)
-            h5["depth"] = rng.uniform(0.5, 9, (480, 640)).astype(np.float32)
+    """Five frames in val, eight in train."""
+    root = tmp_path_factory.mktemp("frames")
+    for part, n in (("val", 5), ("train", 8)):
+        for k, image in enumerate(blobs(n, 480, 640, seed=n)):
+            file = root / part / "scene" / f"{k}.h5"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(file, "w") as h5:
+                h5["rgb"] = (image * 255).byte().numpy()
+                h5["depth"] = image.sum(0).numpy() + 1
     return root
 
 
-def noise(batch, height=SIZE[0], width=SIZE[1]):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+def blobs(batch, height=SIZE[0], width=SIZE[1], seed=0):
+    """Images of soft random blobs, (B, 3, H, W)."""
+    coarse = torch.rand(batch, 3, 6, 8, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(coarse, (height, width), mode="bilinear")
 
 
 @torch.no_grad()
@@ -147,8 +153,8 @@ def test_the_file_carries_the_config_of_the_checkpoint(which, fixed, checkpoint,
 @pytest.mark.parametrize("run", [onnx_runtime, opencv])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_file_predicts_what_pytorch_does(checkpoint, exported, run, batch):
-    image = noise(batch)
-    np.testing.assert_allclose(run(exported, image), pytorch(checkpoint, image), atol=1e-4)
+    image = blobs(batch)
+    np.testing.assert_allclose(run(exported, image), pytorch(checkpoint, image), atol=2e-5)
 
 
 def test_a_dynamic_layer_table_predicts_what_pytorch_does_at_two_sizes(tmp_path, capsys):
@@ -157,38 +163,38 @@ def test_a_dynamic_layer_table_predicts_what_pytorch_does_at_two_sizes(tmp_path,
     export.main([str(checkpoint), "--out", str(file), "--dynamic", "--size", "64", "96"])
     assert "not for OpenCV 4" in capsys.readouterr().out
     assert "BatchNormalization" not in [node.op_type for node in onnx.load(file).graph.node]
-    for image in noise(1, 96, 64), noise(3, 32, 160):
+    for image in blobs(1, 96, 64), blobs(3, 32, 160):
         expected = pytorch(checkpoint, image)
-        np.testing.assert_allclose(onnx_runtime(file, image), expected, atol=3e-4)
+        np.testing.assert_allclose(onnx_runtime(file, image), expected, atol=1e-4)
         if int(cv2.__version__.split(".")[0]) >= 5:  # OpenCV 4 reads no file of free height and width
-            np.testing.assert_allclose(opencv(file, image), expected, atol=3e-4)
+            np.testing.assert_allclose(opencv(file, image), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("which, flags", [("exported", ["--geometry", "fastdepth"]), ("whole", [])])
 def test_eval_predicts_a_folder_of_images_alike_from_both_files(which, flags, checkpoint, request, tmp_path):
     """A static file of training's size crops as training does; one of another size takes whole images."""
-    rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
-    for name, shape in (("small", (48, 64, 3)), ("large", (1500, 2000, 3))):
-        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+    for name, shape in (("small", (48, 64)), ("large", (1500, 2000))):
+        image = (blobs(1, *shape)[0] * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(image).save(tmp_path / "photos" / f"{name}.png")
     images = ["--images", str(tmp_path / "photos"), "--device", "cpu", "--out"]
     eval.main([str(request.getfixturevalue(which)), *images, str(tmp_path / "onnx")])
     eval.main([str(checkpoint), *images, str(tmp_path / "pt"), *flags])
     for name in ("small", "large"):
         ours, theirs = (np.load(tmp_path / kind / f"{name}.npy") for kind in ("onnx", "pt"))
         assert ours.std() > 0.1
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_both_files_are_evaluated_to_the_same_numbers(checkpoint, exported, whole, frames, tmp_path):
-    for protocol, file in (("own", exported), ("fastdepth", exported), ("eigen", whole)):
+    for protocol, file in (("own", exported), ("eigen", whole)):
         found = []
         for model in (checkpoint, file):
             eval.main([str(model), "--data", str(frames), "--device", "cpu", "--protocol", protocol, "--json",
                        str(tmp_path / "r.json"), "--sheet", str(tmp_path / "sheet.png")])
             images = json.loads((tmp_path / "r.json").read_text())["per_image"]
             found.append([[image[name] for name in eval.METRICS] for image in images])
-        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4)  # one pixel more within 25 % is 3e-5 of d1
+        np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)  # a pixel more within 25 % is 8e-5 of d1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def convert_at_once(monkeypatch, exported, error=0.0):
     monkeypatch.setattr(export, "export_onnx", lambda model, file, *_: onnx.save(network, file))
 
 
-@pytest.mark.parametrize("error, code", [(0.0, None), (1e-4, None), (5e-3, 1), (-5e-3, 1)])
+@pytest.mark.parametrize("error, code", [(0.0, None), (5e-4, None), (5e-3, 1), (-5e-3, 1)])
 def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, exported, tmp_path,
                                                                     monkeypatch, capsys, error, code):
     convert_at_once(monkeypatch, exported, error)
@@ -219,7 +225,7 @@ def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, 
     else:
         assert code is None
     said = re.search(r"largest difference .*: (\S+) m", capsys.readouterr().out)
-    assert float(said[1]) == pytest.approx(abs(error), abs=1e-4)
+    assert float(said[1]) == pytest.approx(abs(error), abs=2e-5 + 0.02 * abs(error))
     assert ((tmp_path / "best.onnx").read_bytes() == b"an older file") == (code == 1)
     assert [file.name for file in tmp_path.iterdir()] == ["best.onnx"]
 
@@ -324,7 +330,7 @@ def test_the_table_of_speeds_has_every_lane(opencv_is_there, checkpoint, exporte
 
 def test_a_file_that_opencv_cannot_read_is_skipped_in_one_line(tmp_path, capfd):
     (tmp_path / "text.onnx").write_text("hello")
-    assert export.opencv_lane(tmp_path / "text.onnx", noise(1), 1) == {}
+    assert export.opencv_lane(tmp_path / "text.onnx", blobs(1), 1) == {}
     assert re.fullmatch(r"OpenCV \S+: skipped, it cannot read .*text.onnx .*\n", capfd.readouterr().out)
 
 
@@ -333,7 +339,9 @@ def test_a_file_that_opencv_cannot_read_is_skipped_in_one_line(tmp_path, capfd):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoint, frames, tmp_path, capsys):
+def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoint, exported, frames, tmp_path,
+                                                                       monkeypatch, capsys):
+    convert_at_once(monkeypatch, exported)
     out = tmp_path / "new" / "best.onnx"
     export.main([str(checkpoint), "--out", str(out), "--int8", "--data", str(frames)])
     said, small = capsys.readouterr().out, out.with_name("best-int8.onnx")
@@ -345,7 +353,7 @@ def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoin
     image = torch.stack([dataset[i][0] for i in range(5)])
     expected = pytorch(checkpoint, image)
     difference = abs(predict(image).numpy() - expected)
-    assert 0 < difference.mean() < 0.2 * expected.std()
+    assert 1e-4 < difference.mean() < 0.03 * expected.std()
 
     network = onnx.load(small)
     produced = {output: node for node in network.graph.node for output in node.output}
@@ -358,7 +366,7 @@ def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoin
         assert values[activation.input[2]].dtype == np.uint8 and values[weight.input[2]].dtype == np.int8
         assert values[weight.input[1]].size == len(values[weight.input[0]])  # a scale for each filter
 
-    row = r"^(ONNX Runtime(?: int8)?) +[\d.]+ MiB, ([\d.]+) m from PyTorch, rmse ([\d.]+), d1 ([\d.]+) on 5 images$"
+    row = r"^(ONNX Runtime(?: int8)?) +[\d.]+ MiB, ([\d.]+) m from PyTorch, rmse (\S+), d1 (\S+) on 5 images$"
     rows = re.findall(row, said, re.MULTILINE)
     assert [row[0] for row in rows] == ["ONNX Runtime", "ONNX Runtime int8"]
     assert float(rows[1][1]) == pytest.approx(difference.mean(), abs=1e-4) and float(rows[0][1]) < 1e-4
@@ -393,18 +401,18 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (export, "MODEL --data NOWHERE", "NOWHERE: no such"),
     (eval, "FILE.onnx --data FRAMES --protocol eigen", f"export it with --size {WHOLE[0]} {WHOLE[1]}"),
     (eval, "WHOLE.onnx --data FRAMES", f"export it with --size {SIZE[0]} {SIZE[1]}"),
-    (eval, "FILE.onnx --images PHOTO --size 64 64", f"takes {SIZE[0]}x{SIZE[1]} only"),
-    (eval, "OLD.onnx --images PHOTO", "OLD.onnx: was not written by this edition's export.py"),
-    (eval, "FOREIGN.onnx --images PHOTO", "FOREIGN.onnx: was not written by this edition's export.py")])
+    (eval, "FILE.onnx --images photo.png --size 64 64", f"takes {SIZE[0]}x{SIZE[1]} only"),
+    (eval, "OLD.onnx --images photo.png", "OLD.onnx: was not written by this edition's export.py"),
+    (eval, "FOREIGN.onnx --images photo.png", "FOREIGN.onnx: was not written by this edition's export.py")])
 def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, checkpoint, exported, whole,
                                                          frames, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = {"MODEL": checkpoint, "FILE.onnx": exported, "WHOLE.onnx": whole, "FRAMES": frames}
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("PHOTO")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("photo.png")
     damaged = torch.load(checkpoint, weights_only=True)
     next(iter(damaged["weights"].values())).fill_(np.nan)
     torch.save(damaged, "NAN.pt")
-    for name, metadata in (("FOREIGN", None), ("OLD", '{"size": [160, 224], "fixed": true}')):
+    for name, metadata in (("FOREIGN", None), ("OLD", '{"size": [64, 192], "fixed": true}')):
         network = onnx.load(exported)
         del network.metadata_props[:]
         if metadata:
@@ -416,6 +424,6 @@ def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, c
     with pytest.raises(SystemExit) as stop:
         data.run_script(script.main, ModelError)
     error = capfd.readouterr().err
-    assert stop.value.code == 2 and named in error
+    assert stop.value.code == 2 and named in error.replace("best.onnx", "FILE.onnx")
     assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1, error
     assert sorted(Path().iterdir()) == before
