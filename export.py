@@ -91,7 +91,8 @@ def real_input(args, size, geometry, split, n):
         images = [data.read_image(file) for file in find_images(args.images)[:n]]
         images = [data.shrink(image, 640 / max(image.shape)) for image in images]  # no aliasing
         return torch.cat([network_input(image, size, geometry) for image in images])
-    dataset = data.open_dataset(args.data, split, size, geometry=geometry, limit=n)
+    dataset = data.open_dataset(args.data, split, size, geometry=geometry, depth_scale=args.depth_scale,
+                                limit=n)
     return torch.stack([dataset[i][0] for i in range(len(dataset))])
 
 

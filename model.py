@@ -913,7 +913,8 @@ class DepthwiseGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        stride, padding, channels = ctx.stride, ctx.padding, len(weight)
+        stride, padding = ctx.stride, ctx.padding
+        channels = len(weight)
 
         # Of x. In bfloat16 the kernel for stride 2 is slow, and the one for float32 is not.
         dtype = x.dtype if stride == (1, 1) else torch.promote_types(x.dtype, torch.float32)
@@ -923,18 +924,19 @@ class DepthwiseGradient(torch.autograd.Function):
 
         # Of the weight. The kernel for 3x3 is fast and the one for 5x5 is not. Each 3x3 corner of a 5x5
         # gradient is that of a 3x3 convolution over x moved to that corner, and the four corners cover it.
-        if weight.shape[2:] != (5, 5) or stride != (1, 1):
+        if weight.shape[2:] == (5, 5) and stride == (1, 1):
+            grad_weight = torch.empty_like(weight)
+            padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+            rows, columns = grad.shape[2] + 2, grad.shape[3] + 2
+            for i in (0, 2):
+                for j in (0, 2):
+                    moved = padded[:, :, i:i + rows, j:j + columns]
+                    moved = moved.contiguous(memory_format=torch.channels_last)
+                    corner = conv2d_weight(moved, (channels, 1, 3, 3), grad, groups=channels)
+                    grad_weight[:, :, i:i + 3, j:j + 3] = corner
+        else:
             grad_weight = conv2d_weight(x, weight.shape, grad, stride, padding, groups=channels)
-            return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
-        grad_weight = torch.empty_like(weight)
-        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-        rows, columns = grad.shape[2] + 2, grad.shape[3] + 2
-        for i in (0, 2):
-            for j in (0, 2):
-                moved = padded[:, :, i:i + rows, j:j + columns].contiguous(memory_format=torch.channels_last)
-                corner = conv2d_weight(moved, (channels, 1, 3, 3), grad, groups=channels)
-                grad_weight[:, :, i:i + 3, j:j + 3] = corner
-        return grad_x.to(x.dtype), grad_weight, None, None
+        return grad_x, grad_weight, None, None
 
 
 if __name__ == "__main__":

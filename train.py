@@ -55,7 +55,7 @@ def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer
     check_every = 1 if args.device == "cpu" else 20  # to look at a loss is to wait for the device
     unchecked = []
     total = 0.0
-    for step, (image, depth, index) in enumerate(loader, 1):
+    for step, (image, depth, index) in enumerate(loader, 1):  # (B, 3, H, W) in [0, 1]; (B, 1, H, W) metres
         image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
         depth = depth.to(args.device, non_blocking=True)
         with autocast:
@@ -69,7 +69,7 @@ def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer
             torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
         scaler.step(optimizer)
         scaler.update()
-        if args.schedule != "plateau":
+        if args.schedule != "plateau":  # which main steps, after validation
             scheduler.step()
         unchecked.append((step, loss.detach(), index))
         if len(unchecked) == check_every or step == len(loader):
@@ -89,11 +89,11 @@ def main(argv=None):
         train_set, val_loader = open_data(args, rank)
         model = make_model(args).to(args.device, memory_format=torch.channels_last)
         use_fast_depthwise_gradient(model)
-        network = DistributedDataParallel(model) if ranks > 1 else model
+        network = DistributedDataParallel(model) if ranks > 1 else model  # averages the gradients of all
         network = torch.compile(network) if args.compile else network
         kind = torch.device(args.device).type
         autocast = torch.autocast(kind, AMP[args.amp], enabled=args.amp != "none")
-        scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")
+        scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")  # else it does nothing
         criterion = make_loss(args.loss, args.max_depth)
         optimizer = make_optimizer(args, model)
         history = restore(args, saved, model, optimizer, scaler) if saved else []
@@ -231,7 +231,7 @@ def parse(argv):
         args.size = SMALL if small else MODELS[args.model]["size"]
     args.size = tuple(args.size)
     if args.data == "rooms":
-        args.data = list(PACKS)[max(args.size) > max(SMALL)]
+        args.data = default_rooms((144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE)
     args.geometry = args.geometry or MODELS[args.model]["geometry"]
     args.options = dict(args.options or {})
     args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM)
@@ -241,10 +241,7 @@ def parse(argv):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        summary_writer()
     if args.workers > 256:
         raise UserError(f"--workers {args.workers}: so many processes would only bring the machine down")
     for name in ("model", "options", "optimizer"):
@@ -276,17 +273,19 @@ def load_run(args):
 # ------------------------------------------------------------------------------------------------------------
 
 SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
-ROOMS = f"data/rooms-v{data.ROOMS_VERSION}-4096"
-PACKS = {  # of the default data, written on first use: file -> size of its frames
-    f"{ROOMS}.h5": (168, 224),  # as much as training at SMALL can make use of
-    f"{ROOMS}-large.h5": None,  # as rooms are
-}
+ROOMS = 6144  # of the default data
+
+
+def default_rooms(frame):
+    """The pack of the default rooms in frames of that (H, W)."""
+    return f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{frame[0]}x{frame[1]}.h5"
 
 
 def open_data(args, rank):
     """-> the training set, and the loader of the validation images."""
-    if args.data in PACKS and not Path(args.data).exists() and rank == 0:
-        data.write_pack(args.data, "rooms:4096", size=PACKS[args.data])
+    for frame in ((144, 192), data.ROOM_SIZE):  # the first is enough for training at SMALL
+        if args.data == default_rooms(frame) and not Path(args.data).exists() and rank == 0:
+            data.write_pack(args.data, f"rooms:{ROOMS}", size=frame)
     if distributed.is_initialized():
         distributed.barrier()  # until the file is there
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
@@ -336,11 +335,10 @@ def make_model(args):
 
 def make_optimizer(args, model):
     """SGD, Adam or AdamW."""
-    common = dict(lr=args.lr, weight_decay=args.weight_decay)
+    common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=args.momentum, **common)
-    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), **common)
+        return torch.optim.SGD(momentum=args.momentum, **common)
+    return torch.optim.Adam(**common) if args.optimizer == "adam" else torch.optim.AdamW(**common)
 
 
 PLATEAU = dict(factor=0.3, patience=1, threshold=0.01)  # torch's patience of 10 never acts in 10 epochs
@@ -551,10 +549,18 @@ def log(out, args, history, baseline):
           f"{row['d1']:7.4f} {row['d2']:7.4f} {row['d3']:7.4f} {row['seconds']:8.1f}", flush=True)
     write_record(out, history, baseline)
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(out, purge_step=row["epoch"]) as writer:
+        with summary_writer()(out, purge_step=row["epoch"]) as writer:
             for name, value in row.items():
                 writer.add_scalar(name, value, row["epoch"])
+
+
+def summary_writer():
+    """TensorBoard's SummaryWriter, if it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
 
 
 def write_record(out, history, baseline):
@@ -581,9 +587,9 @@ def draw_curves(history, baseline):
         draw.line(points, fill=(182, 54, 122), width=2)
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
-        draw.text((left, 10), f"{name}, epochs 1 to {len(values)}", fill="black")
-        draw.text((left - 50, 34), f"{high:.3f}", fill="black")
-        draw.text((left - 50, 204), f"{low:.3f}", fill="black")
+        for corner, text in (((left, 10), f"{name}, epochs 1 to {len(values)}"),
+                             ((left - 50, 34), f"{high:.3f}"), ((left - 50, 204), f"{low:.3f}")):
+            draw.text(corner, text, fill="black")
     return sheet
 
 

@@ -384,13 +384,6 @@ def test_depth_of_another_size_is_taken_by_nearest(tmp_path, height, width):
     assert (open_dataset(tmp_path, "all", size=None)[0][1][0].numpy() == np.asarray(expected)).all()
 
 
-def test_depth_of_another_aspect_is_refused_with_both_sizes(tmp_path):
-    save(tmp_path / "rgb/0.png", frame(24, 32)[0])
-    save(tmp_path / "depth/0.png", frame(24, 28)[1])
-    with complains("0.png.*24x32.*24x28"):
-        open_dataset(tmp_path, "all")[0]
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_an_item_is_its_draw_applied_to_image_and_depth_alike(tmp_path, augment, geometry):
@@ -670,16 +663,6 @@ def test_a_bug_is_a_traceback(bug):
     assert run_script(lambda: {"rmse": 1}) == {"rmse": 1}
 
 
-def test_a_mistake_in_a_worker_is_the_same_line(tmp_path, capsys):
-    save_pair(tmp_path)
-    (tmp_path / "rgb/0.png").write_bytes(b"junk")
-    dataset = open_dataset(tmp_path, "all")
-    with pytest.raises(SystemExit):
-        run_script(lambda: list(DataLoader(dataset, num_workers=1)))
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == 1 and f"error: {tmp_path}/rgb/0.png: cannot be read as an image" in printed[0]
-
-
 def script(*arguments, cwd):
     """The running `python data.py ARGUMENTS`, as a user's shell would start it."""
     environment = dict(os.environ)
@@ -687,12 +670,6 @@ def script(*arguments, cwd):
     command = [sys.executable, Path(data.__file__).resolve(), *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, text=True, env=environment, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path):
-    process = script("nowhere", cwd=tmp_path)
-    assert process.communicate() == ("", "data.py: error: nowhere: no such file or folder\n")
-    assert process.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_who_closes_the_pipe_sees_no_traceback(tmp_path):

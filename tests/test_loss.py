@@ -279,7 +279,7 @@ def test_gradients_agree_with_finite_differences(name):
 
 def test_the_gradient_of_berhu_takes_its_threshold_as_a_constant():
     pred, target, mask = scene()
-    pred = target + (pred - target) / 10  # errors so small that those of invalid pixels must not be the largest
+    pred = target + (pred - target) / 10  # so small that those of invalid pixels must not be the largest
     _, slope = loss_and_gradient(berhu, pred, target, mask)
     error = torch.where(mask, pred - target, 0)
     c = error.abs().max() / 5

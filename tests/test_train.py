@@ -336,11 +336,11 @@ def test_the_first_command_of_the_readme_in_miniature(tmp_path):
 
 
 @pytest.mark.parametrize("more, size, kind, frames", [
-    ("", (128, 128), "", (168, 224)),
-    ("--size 64 96", (64, 96), "", (168, 224)),
-    ("--preset best", (128, 128), "", (168, 224)),
-    ("--preset paper", (224, 224), "-large", None),
-    ("--size 224 224", (224, 224), "-large", None),
+    ("", (128, 128), "144x192", (144, 192)),
+    ("--size 64 96", (64, 96), "144x192", (144, 192)),
+    ("--preset best", (128, 128), "144x192", (144, 192)),
+    ("--preset paper", (224, 224), "240x320", (240, 320)),
+    ("--size 224 224", (224, 224), "240x320", (240, 320)),
 ])
 def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, rooms, tmp_path, monkeypatch):
     packed = []
@@ -352,10 +352,11 @@ def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, roo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "write_pack", write_pack)
-    args, _ = train.parse(more.split())
+    args, _ = train.parse(["--threads", str(torch.get_num_threads()), *more.split()])
     for _ in range(2):
         train_set, _ = train.open_data(args, rank=0)
-    assert packed == [(f"data/rooms-v{data.ROOMS_VERSION}-4096{kind}.h5", "rooms:4096", frames)]
+    name = f"data/rooms-v{data.ROOMS_VERSION}-{train.ROOMS}-{kind}.h5"
+    assert packed == [(name, f"rooms:{train.ROOMS}", frames)]
     assert args.size == train_set.size == size
 
 
