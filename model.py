@@ -861,14 +861,14 @@ def main():
             output = " x ".join(str(n) for n in shape)
             print(f"{layer:44}{output:>16}{weights:12,}{macs / 1e6:10.2f}")
         print()
-    print(f"{'network':20}{'input':>10}{'output':>8}{'parameters':>13}{'conv weights':>14}{'MACs':>17}")
+    print(f"{'network':20}{'input':>10}{'output':>8}{'parameters':>13}{'conv weights':>14}{'GMACs':>10}")
     for name in [chosen] if chosen else MODELS:
         height, width = MODELS[name]["size"]
         with torch.device("meta"):  # sizes need no numbers
             model = build_model(name)
         total = count(model, height, width)
         print(f"{name:20}{height:>6}x{width}{'1/':>7}{model.output_stride}{total['parameters']:13,}"
-              f"{total['conv_weights']:14,}{total['macs']:17,}")
+              f"{total['conv_weights']:14,}{total['macs'] / 1e9:10.4f}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def rooms(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """Paired folders, 8 pairs in train and 4 in val: flat grey images; the brighter, the farther, 1 to 6 m."""
+    """Paired folders, 8 pairs in train and 4 in val: flat grey images, brighter if farther, 1 to 6 m."""
     root = tmp_path_factory.mktemp("pairs") / "grey"
     for part, n in (("train", 8), ("val", 4)):
         for i in range(n):

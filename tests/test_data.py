@@ -87,10 +87,13 @@ def test_depth_as_stored_becomes_metres_and_what_is_not_measured_0(raw, scale, m
     np.testing.assert_allclose(converted, metres, rtol=1e-6)
 
 
-def test_one_measured_pixel_is_enough():
-    sparse = np.zeros((40, 50), np.uint16)
-    sparse[20, 7] = 1234
-    assert to_metres(sparse).max() == np.float32(1.234)
+def test_one_measured_pixel_is_enough_and_a_corner_of_noise_decides_nothing():
+    depth = np.zeros((40, 50), np.uint16)
+    depth[20, 7] = 1234
+    assert to_metres(depth).max() == np.float32(1.234)
+    depth[:4] = 1
+    depth[10:] = 2000
+    assert to_metres(depth).max() == 2
 
 
 @pytest.mark.parametrize("raw, scale, complaint", [
@@ -480,6 +483,15 @@ def test_workers_a_pickled_copy_and_another_thread_give_the_same_items(tmp_path,
         assert all(torch.equal(a, b) for a, b in zip(batches[dataset.epoch], expected))
 
 
+def test_workers_leave_ctrl_c_to_the_main_process():
+    def ignored(_):
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+    for init, ignores in ((None, False), (data.worker_init, True)):
+        loader = DataLoader(range(1), batch_size=None, num_workers=1, collate_fn=ignored, worker_init_fn=init)
+        assert list(loader) == [ignores]
+
+
 def held_out(scene):
     return zlib.crc32(scene.encode()) % 5 == 0
 
@@ -581,13 +593,17 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_in_a_file(capsys, monkey
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "new/folder/depth.npy"
     with data.whole_file(file) as f:
-        f.write(b"whole")
+        f.write(b"old")
         assert not file.exists()
+    with open(file, "rb") as reader:
+        with data.whole_file(file) as f:
+            f.write(b"whole")
+        assert reader.read() == b"old"  # whoever reads it now is not disturbed
     for error in (KeyboardInterrupt, ZeroDivisionError, UserError):
         with pytest.raises(error), data.whole_file(file) as f:
             f.write(b"half")
             raise error
-    with complains("depth.npy: cannot be written .No space left on device.: make room"), data.whole_file(file):
+    with complains("depth.npy: cannot be written .No space left on device."), data.whole_file(file):
         raise OSError(28, "a paragraph")
     assert file.read_bytes() == b"whole" and list(file.parent.iterdir()) == [file]
 
@@ -637,7 +653,7 @@ class ScriptError(ValueError):
     (UserError("a.png: is no image"), 2, "script.py: error: a.png: is no image\n"),
     (ScriptError("no such model"), 2, "script.py: error: no such model\n"),
     (FileNotFoundError(2, "No such file", "a.png"), 2, "script.py: error: [Errno 2] No such file: 'a.png'\n"),
-    (torch.OutOfMemoryError("CUDA ..."), 2, "script.py: error: the GPU's memory is too small: lower --batch-"),
+    (torch.OutOfMemoryError("CUDA ..."), 2, "script.py: error: the GPU's memory is too small: lower --"),
     (KeyboardInterrupt(), 130, ""),
     (SystemExit(1), 1, ""),
 ])

@@ -3,6 +3,7 @@ import itertools
 import json
 import logging
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from eval import load_predictor
 from model import ModelError, build_model, count, load_model
 
 SIZE = 64, 192  # not square: exchanged height and width would show
-WHOLE = 64, 224  # what a whole 480x640 frame is shown at: exactly 70x210
+WHOLE = 96, 224  # of the file for whole images (a whole frame is exactly 70x210: 64x224 if the size is free)
 logging.getLogger("torch.__trace").disabled = True  # or pytest collects thousands of lines of torch.export
 
 
@@ -163,6 +164,7 @@ def test_a_dynamic_layer_table_predicts_what_pytorch_does_at_two_sizes(tmp_path,
     export.main([str(checkpoint), "--out", str(file), "--dynamic", "--size", "64", "96"])
     assert "not for OpenCV 4" in capsys.readouterr().out
     assert "BatchNormalization" not in [node.op_type for node in onnx.load(file).graph.node]
+    assert load_predictor(file)[1]["fixed"] is None
     for image in blobs(1, 96, 64), blobs(3, 32, 160):
         expected = pytorch(checkpoint, image)
         np.testing.assert_allclose(onnx_runtime(file, image), expected, atol=1e-4)
@@ -170,7 +172,8 @@ def test_a_dynamic_layer_table_predicts_what_pytorch_does_at_two_sizes(tmp_path,
             np.testing.assert_allclose(opencv(file, image), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("which, flags", [("exported", ["--geometry", "fastdepth"]), ("whole", [])])
+@pytest.mark.parametrize("which, flags", [
+    ("exported", ["--geometry", "fastdepth"]), ("whole", ["--size", *map(str, WHOLE)])])
 def test_eval_predicts_a_folder_of_images_alike_from_both_files(which, flags, checkpoint, request, tmp_path):
     """A static file of training's size crops as training does; one of another size takes whole images."""
     (tmp_path / "photos").mkdir()
@@ -187,11 +190,11 @@ def test_eval_predicts_a_folder_of_images_alike_from_both_files(which, flags, ch
 
 
 def test_both_files_are_evaluated_to_the_same_numbers(checkpoint, exported, whole, frames, tmp_path):
-    for protocol, file in (("own", exported), ("eigen", whole)):
+    for protocol, file, size in (("own", exported, SIZE), ("eigen", whole, WHOLE)):
         found = []
-        for model in (checkpoint, file):
+        for model, flags in ((checkpoint, ["--size", *map(str, size)]), (file, [])):
             eval.main([str(model), "--data", str(frames), "--device", "cpu", "--protocol", protocol, "--json",
-                       str(tmp_path / "r.json"), "--sheet", str(tmp_path / "sheet.png")])
+                       str(tmp_path / "r.json"), "--sheet", str(tmp_path / "sheet.png"), *flags])
             images = json.loads((tmp_path / "r.json").read_text())["per_image"]
             found.append([[image[name] for name in eval.METRICS] for image in images])
         np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)  # a pixel more within 25 % is 8e-5 of d1
@@ -334,6 +337,17 @@ def test_a_file_that_opencv_cannot_read_is_skipped_in_one_line(tmp_path, capfd):
     assert re.fullmatch(r"OpenCV \S+: skipped, it cannot read .*text.onnx .*\n", capfd.readouterr().out)
 
 
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file may grow beyond 100 bytes
+    try:
+        with pytest.raises(data.UserError, match="best.onnx: cannot be written"):
+            export.export_onnx(nn.Conv2d(3, 1, 1), tmp_path / "best.onnx", SIZE, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # int8
 # ------------------------------------------------------------------------------------------------------------
@@ -399,7 +413,7 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (export, "MODEL --int8 --dynamic", "--int8"),
     (export, "MODEL --images NOWHERE", "NOWHERE: no image"),
     (export, "MODEL --data NOWHERE", "NOWHERE: no such"),
-    (eval, "FILE.onnx --data FRAMES --protocol eigen", f"export it with --size {WHOLE[0]} {WHOLE[1]}"),
+    (eval, "FILE.onnx --data FRAMES --protocol eigen", "export it with --size 64 224"),
     (eval, "WHOLE.onnx --data FRAMES", f"export it with --size {SIZE[0]} {SIZE[1]}"),
     (eval, "FILE.onnx --images photo.png --size 64 64", f"takes {SIZE[0]}x{SIZE[1]} only"),
     (eval, "OLD.onnx --images photo.png", "OLD.onnx: was not written by this edition's export.py"),

@@ -73,7 +73,7 @@ FOLDERS = {  # their scenes
     "1-rgb.jpg 1-depth.npy",
     "rgb/1.png depth/1.png depth_raw/1.png depth_color/1.png",
     "rgb/1.png depth/1.png rgb/2.png depth/3.png",
-    "rgb/1.png depth/1.npy confidence/1.png rgb/._1.png .cache/depth/1.png notes.txt",
+    "rgb/1.png depth/1.npy confidence/1.png rgb/._1.png .cache/rgb/1.png .cache/depth/1.npy notes.txt",
 ])
 def test_the_layouts_of_public_data_sets_are_paired_at_any_place(tmp_path, names):
     names = names.split()
@@ -345,9 +345,9 @@ def test_a_wrong_list_is_named_with_its_line(tmp_path, text, complaint):
 
 @pytest.fixture
 def originals(tmp_path):
-    """Eight frames of four scenes, with holes in the depth, and two official test frames."""
+    """Eight frames of four scenes, with holes in the depth, and two wider ones in an official test part."""
     for seed in range(10):
-        image, depth = frame(60, 80, seed)
+        image, depth = frame(60, 100 if seed > 7 else 80, seed)
         depth[:9, :7] = 0
         part = "test" if seed > 7 else "train"
         save_hdf5(tmp_path / f"set/{part}/scene{seed // 2}/{seed}.h5", image, depth)
@@ -366,6 +366,8 @@ def names_in(folder):
 
 def test_a_pack_gives_what_the_originals_give_with_the_margin_that_a_turn_needs(pack, originals):
     for split, augment in product((*data.SPLITS, "all"), AUGMENTS):
+        if augment == "camera" and split in ("test", "all"):
+            continue  # what is not 4:3 loses its margin, and the focal length that depends on it
         ours, theirs = (open_dataset(root, split, (64, 96), augment, seed=3) for root in (pack, originals))
         assert ours.files == theirs.files
         assert [sample.scene for sample in ours.samples] == [sample.scene for sample in theirs.samples]
@@ -388,7 +390,7 @@ def test_a_pack_keeps_half_a_millimetre_and_drops_what_it_cannot_hold(tmp_path):
     save(tmp_path / "set/rgb/1.png", frame(30, 40)[0])
     save(tmp_path / "set/depth/1.npy", depth)
     write_pack(tmp_path / "set.h5", tmp_path / "set", size=(30, 40))
-    packed = open_dataset(tmp_path / "set.h5", "all").read(0)[1]
+    packed = open_dataset(tmp_path / "set.h5", "all", depth_scale=5000.0).read(0)[1]  # of originals only
     assert np.abs(packed - depth)[depth < 65.53].max() <= 0.0005 + 1e-6
     assert (packed[depth > 65.535] == 0).all()
 
@@ -456,7 +458,7 @@ def test_what_a_killed_packing_left_is_cleared_by_the_next_and_ctrl_c_leaves_not
     for stop in (signal.SIGKILL, signal.SIGINT):
         process = script("rooms:4096", "--pack", "rooms.h5", cwd=tmp_path)
         partial = tmp_path / f"rooms.h5.partial-{process.pid}"
-        assert process.stdout.readline() == "packing 4608 frames of 240x320 into rooms.h5, 1769 MB\n"  # at once
+        assert process.stdout.readline() == "packing 4608 frames of 240x320 into rooms.h5, 1769 MB\n"
         while not partial.exists() or partial.stat().st_blocks < 2000:  # until both workers have given rooms
             time.sleep(0.05)
         assert names_in(tmp_path) == [partial.name]

@@ -156,7 +156,7 @@ def generator():
 
 
 DAMAGES = {
-    "mirrored": lambda d: d.flip(-1),
+    "flipped": lambda d: d.flip(-1),
     "upside down": lambda d: d.flip(-2),
     "shuffled": lambda d: d.flatten()[torch.randperm(d.numel(), generator=generator())].view_as(d),
     "noisy": lambda d: d + 0.1 * torch.randn(d.shape, generator=generator()),

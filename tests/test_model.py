@@ -556,7 +556,7 @@ def test_model_and_loss_copied_into_an_empty_folder_print_and_train(tmp_path):
 
     shutil.copy(FOLDER / "model.py", tmp_path)
     table = run("model.py")
-    assert all(text in table for text in (*MODELS, "3,960,930", "1,343,664", "15,755,744", "122,676,633,600"))
+    assert all(text in table for text in (*MODELS, "3,960,930", "1,343,664", "15,755,744", "122.6766"))
     shutil.copy(FOLDER / "loss.py", tmp_path)
     costs = [float(line) for line in run("-c", TRAINING).split()]
     assert len(costs) == 10 and costs[-1] < costs[0]
@@ -566,7 +566,7 @@ def test_the_command_prints_a_network_layer_by_layer(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model.py", "fastdepth-table"])
     script.main()
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("15,781,601", "6,246,485,504", "512 x 14 x 14", "1 x 224 x 224"))
+    assert all(text in printed for text in ("15,781,601", "6.2465", "512 x 14 x 14", "1 x 224 x 224"))
 
 
 def test_an_unknown_name_is_the_users_mistake(monkeypatch, capsys):

@@ -170,14 +170,15 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, finish
     assert not same(first["weights"], other["weights"])
 
 
-def test_an_epoch_of_one_seed_is_no_epoch_of_another(rooms):
-    train_set = data.open_dataset(rooms, "train", (32, 32))
+def test_an_epoch_of_one_seed_is_no_epoch_of_another(flags):
     drawn = set()
     for seed, epoch in itertools.product(range(4), range(1, 5)):
-        args, _ = train.parse([*MINIATURE, "--seed", str(seed)])
-        order = train.epoch_loader(args, epoch, train_set, rank=0, ranks=1).sampler
-        drawn.add((*order, torch.initial_seed()))
-        assert train_set.epoch == epoch
+        args, _ = train.parse([*flags, "--seed", str(seed), "--workers", "1"])
+        train_set, _ = train.open_data(args, rank=0)
+        loader = train.epoch_loader(args, epoch, train_set, rank=0, ranks=1)
+        drawn.add((*loader.sampler, torch.initial_seed()))
+        assert (train_set.seed, train_set.epoch) == (seed, epoch)
+        assert loader.worker_init_fn is data.worker_init  # by which workers ignore Ctrl-C
     assert len(drawn) == 16
 
 
@@ -207,7 +208,7 @@ def test_every_epoch_draws_a_new_order_and_new_images_but_the_validation_stays(f
     assert len(set(validation)) == 2 and validation.count(validation[0]) >= 3  # the baseline and two epochs
 
 
-def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, monkeypatch):
+def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, tmp_path, monkeypatch):
     calls = []
 
     def recorder(name, max_depth):
@@ -223,6 +224,8 @@ def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, mon
         assert torch.equal(mask, (target > 0) & (target <= 4))
         assert mask.any() and (target > 4).any() and (target == 0).any()
         assert pred.isfinite().all() and torch.equal(pred, pred.bfloat16().float())  # autocast was on
+    losses = [pred.mean().item() for pred, *_ in calls]
+    assert read_log(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_a_coarser_network_is_compared_at_its_own_resolution(flags, monkeypatch):
@@ -480,15 +483,17 @@ def test_compile_trains_the_same_network_under_the_same_names(flags, finished, t
     assert compiled.keys() == plain.keys()
 
 
-def test_flags_reach_the_optimizer_and_those_given_on_resume_replace_the_old(flags, tmp_path):
-    go(flags, "--epochs 1 --schedule none --weight-decay 0.02 --momentum 0.8")
-    resume(tmp_path / "run", "--epochs 2")
-    names = ("lr", "weight_decay", "momentum")
-    groups = [load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0]]
-    resume(tmp_path / "run", "--epochs 3 --weight-decay 0.03 --lr 0.004")
-    groups.append(load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"][0])
-    assert [[group[name] for name in names] for group in groups] == [[0.01, 0.02, 0.8], [0.004, 0.03, 0.8]]
-    assert len(read_log(tmp_path / "run")) == 3
+@pytest.mark.parametrize("schedule", ["none", "plateau"])
+def test_flags_given_on_resume_replace_the_old(schedule, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PLATEAU", dict(patience=99))
+    run = tmp_path / "run"
+    groups = []
+    go(flags, f"--epochs 1 --schedule {schedule} --weight-decay 0.02 --momentum 0.8")
+    for more in ("--epochs 2", "--epochs 3 --weight-decay 0.03 --lr 0.004"):
+        resume(run, more)
+        group = load(run / "last.pt")["optimizer"]["param_groups"][0]
+        groups.append([group[name] for name in ("lr", "weight_decay", "momentum")])
+    assert groups == [[0.01, 0.02, 0.8], [0.004, 0.03, 0.8]] and len(read_log(run)) == 3
 
 
 @pytest.mark.parametrize("able, amp", [("avx2", "none"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
