@@ -487,9 +487,11 @@ def test_workers_leave_ctrl_c_to_the_main_process():
     def ignored(_):
         return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     for init, ignores in ((None, False), (data.worker_init, True)):
         loader = DataLoader(range(1), batch_size=None, num_workers=1, collate_fn=ignored, worker_init_fn=init)
         assert list(loader) == [ignores]
+    signal.signal(signal.SIGINT, before)
 
 
 def held_out(scene):

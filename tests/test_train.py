@@ -399,7 +399,7 @@ def test_the_papers_preset_is_that_networks_own(network, recipe):
     assert (args.lr, args.schedule, args.size) == (0.3, "cosine", (32, 64))
 
 
-@pytest.mark.parametrize("preset, network", itertools.product(train.PRESETS, model.MODELS))
+@pytest.mark.parametrize("preset, network", list(itertools.product(train.PRESETS, model.MODELS)))
 def test_a_preset_sets_its_flags_and_no_others(preset, network):
     recipe = train.PRESETS[preset][network]
     plain, _ = train.parse(["--model", network])
