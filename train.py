@@ -273,7 +273,7 @@ def load_run(args):
 # ------------------------------------------------------------------------------------------------------------
 
 SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
-ROOMS = 6144  # of the default data
+ROOMS = 4096  # of the default data
 
 
 def default_rooms(frame):
@@ -341,7 +341,7 @@ def make_optimizer(args, model):
     return torch.optim.Adam(**common) if args.optimizer == "adam" else torch.optim.AdamW(**common)
 
 
-PLATEAU = dict(factor=0.3, patience=1, threshold=0.01)  # torch's patience of 10 never acts in 10 epochs
+PLATEAU = dict(factor=0.3, patience=0, threshold=0)  # torch's patience of 10 never acts in 10 epochs
 
 
 def make_scheduler(args, saved, optimizer, steps):

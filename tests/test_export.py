@@ -281,14 +281,19 @@ def test_the_comparison_is_on_real_images(checkpoint, exported, frames, tmp_path
     np.testing.assert_array_equal((mine[0] * 255).round().byte().permute(1, 2, 0), crop)
 
 
-def test_a_file_for_whole_images_is_compared_on_whole_images(tmp_path):
+def test_a_file_for_whole_images_is_compared_on_whole_images(frames, tmp_path):
     board = ((np.arange(1500)[:, None] + np.arange(2000)) % 2 * 255).astype(np.uint8)
     board[:, :40] = 255
-    Image.fromarray(board).save(tmp_path / "board.png")
-    args = export.make_parser().parse_args(["best.pt", "--images", str(tmp_path / "board.png")])
-    found = export.real_input(args, WHOLE, "full", "val", 8)[0, 0]
-    assert found.shape == WHOLE and (found[:, :4] > 0.9).all()  # the left edge is there
-    assert (found[:, 6:] - 0.5).abs().max() < 0.05  # antialiased
+    for name in ("a", "b"):
+        Image.fromarray(board).save(tmp_path / f"{name}.png")
+    args = export.make_parser().parse_args(["best.pt", "--images", str(tmp_path)])
+    found = export.real_input(args, WHOLE, "full", "val", 8)
+    assert found.shape == (2, 3, *WHOLE) and (found[..., :4] > 0.9).all()  # the left edge is there
+    assert (found[..., 6:] - 0.5).abs().max() < 0.05  # antialiased
+    args = export.make_parser().parse_args(["best.pt", "--data", str(frames)])
+    found = export.real_input(args, WHOLE, "full", "train", 4)
+    dataset = data.open_dataset(frames, "train", WHOLE, geometry="full", limit=4)
+    torch.testing.assert_close(found, torch.stack([dataset[i][0] for i in range(4)]))
 
 
 def test_lanes_take_turns_and_their_times_are_milliseconds(monkeypatch):
