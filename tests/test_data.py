@@ -445,7 +445,7 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone_and_on_each_of_them(tmp_pa
         torch.rand(1), dataset[0]  # what was drawn or read before does not matter
         return torch.cat(dataset[index][:2]).numpy().tobytes()
 
-    assert item(3, 2, 1) == item(3, 2, 1)
+    assert item(3, 2, 1) == item(3, 2, 1) and open_dataset(tmp_path, "all", augment=True).augment == "paper"
     keys = [(0, 2, 0), (1, 1, 0), (2, 0, 0), (1, 11, 0), (11, 1, 0), (1, 1, 1), (-1, 1, 1)]
     assert len({item(*key) for key in keys}) == len(keys)  # no sum of two of them decides
 

@@ -330,6 +330,7 @@ def test_lists_name_the_parts_of_a_folder_and_go_before_its_structure(tmp_path):
     (b"rgb/0.png depth/0.png\nrgb/0.png depth/9.png", "line 2 points nowhere: no file depth/9.png"),
     (b"rgb/0.png depth/0.png\nrgb/0.png", "line 2 does not name an image and its depth: 'rgb/0.png'"),
     (b"rgb/0.png depth/0.png depth/0.png", "line 1 does not name"),
+    (b"rgb/0.png depth/0.png\nrgb/0.heic", "line 2 does not name"),
     (bytes(range(256)), "is not text"),
 ])
 def test_a_wrong_list_is_named_with_its_line(tmp_path, text, complaint):
