@@ -22,7 +22,7 @@ import data
 import eval
 import export
 from eval import load_predictor
-from model import ModelError, build_model, count, load_model
+from model import ModelError, build_model, load_model
 
 SIZE = 64, 192  # not square: exchanged height and width would show
 WHOLE = 96, 224  # of the file for whole images (a whole frame is exactly 70x210: 64x224 if the size is free)
@@ -205,14 +205,20 @@ def test_both_files_are_evaluated_to_the_same_numbers(checkpoint, exported, whol
 # ------------------------------------------------------------------------------------------------------------
 
 
-def convert_at_once(monkeypatch, exported, error=0.0):
-    """Instead of converting, which takes seconds, write the file that is there, its depth off by `error`."""
-    network = onnx.load(exported)
+def shifted(file, error):
+    """The network of a file, its depth off by `error` metres."""
+    network = onnx.load(file)
     bias = [node for node in network.graph.node if node.op_type == "Conv"][-1].input[2]
     for tensor in network.graph.initializer:
         if tensor.name == bias:
             value = onnx.numpy_helper.to_array(tensor) + np.float32(error)
             tensor.CopyFrom(onnx.numpy_helper.from_array(value, bias))
+    return network
+
+
+def convert_at_once(monkeypatch, file, error=0.0):
+    """Instead of converting, which takes seconds, write the file that is there, its depth off by `error`."""
+    network = shifted(file, error)
     monkeypatch.setattr(export, "export_onnx", lambda model, file, *_: onnx.save(network, file))
 
 
@@ -281,7 +287,8 @@ def test_the_comparison_is_on_real_images(checkpoint, exported, frames, tmp_path
     np.testing.assert_array_equal((mine[0] * 255).round().byte().permute(1, 2, 0), crop)
 
 
-def test_a_file_for_whole_images_is_compared_on_whole_images(frames, tmp_path):
+def test_a_file_for_whole_images_is_compared_on_whole_images(checkpoint, whole, frames, tmp_path, monkeypatch,
+                                                             capsys):
     board = ((np.arange(1500)[:, None] + np.arange(2000)) % 2 * 255).astype(np.uint8)
     board[:, :40] = 255
     for name in ("a", "b"):
@@ -294,6 +301,11 @@ def test_a_file_for_whole_images_is_compared_on_whole_images(frames, tmp_path):
     found = export.real_input(args, WHOLE, "full", "train", 4)
     dataset = data.open_dataset(frames, "train", WHOLE, geometry="full", limit=4)
     torch.testing.assert_close(found, torch.stack([dataset[i][0] for i in range(4)]))
+
+    convert_at_once(monkeypatch, whole)
+    out = str(tmp_path / "best.onnx")
+    export.main([str(checkpoint), "--out", out, "--size", *map(str, WHOLE), "--images", str(tmp_path)])
+    assert f"takes {WHOLE[0]}x{WHOLE[1]} (full)" in capsys.readouterr().out
 
 
 def test_lanes_take_turns_and_their_times_are_milliseconds(monkeypatch):
@@ -313,28 +325,32 @@ def test_lanes_take_turns_and_their_times_are_milliseconds(monkeypatch):
 
 
 @pytest.mark.parametrize("opencv_is_there", [True, False])
-def test_the_table_of_speeds_has_every_lane(opencv_is_there, checkpoint, exported, tmp_path, monkeypatch,
-                                            capsys):
-    convert_at_once(monkeypatch, exported)
-    outputs = {}
+def test_the_table_of_speeds_has_every_lane(opencv_is_there, checkpoint, exported, tmp_path, monkeypatch, capsys):
+    model, offset = load_model(checkpoint)[0], tmp_path / "offset.onnx"
+    onnx.save(shifted(exported, 0.5), offset)
+    outputs, threads, runs = {}, [], []
 
     def timed(lanes):
         outputs.update({name: np.asarray(run()) for name, run in lanes.items()})
         return {name: (20.0, 40.0) for name in lanes}
 
     monkeypatch.setattr(export, "timed", timed)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     if not opencv_is_there:
         monkeypatch.setitem(sys.modules, "cv2", None)
-    export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), "--bench", "--threads", "1"])
+    model.decoder.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr(export, "count", lambda model, *size: dict(macs=2e9 if size == SIZE else 0))
+    monkeypatch.setattr(export, "fold_batch_norm", lambda model: load_predictor(checkpoint)[0])
+    export.bench(model, blobs(1), {"ONNX Runtime": exported, "ONNX Runtime int8": offset}, 1)
     table = capsys.readouterr().out
-    lanes = ["PyTorch", "PyTorch, folded", "ONNX Runtime", f"OpenCV {cv2.__version__}"][:3 + opencv_is_there]
-    macs = count(load_model(checkpoint)[0], *SIZE)["macs"]
-    assert list(outputs) == lanes and ("pip install opencv-python-headless" in table) == (not opencv_is_there)
-    for lane in lanes:
-        row = re.search(rf"^{lane} +20\.00 +40\.00 +50\.0 +([\d.]+)$", table, re.MULTILINE)
-        assert float(row[1]) == pytest.approx(macs / 0.02 / 1e9, abs=0.051)
-        np.testing.assert_allclose(outputs[lane], outputs["PyTorch"], atol=1e-4)  # the same work
-    assert f"batch 1, {SIZE[0]}x{SIZE[1]}, CPU, 1 threads" in table
+    lanes = ["PyTorch", "PyTorch, folded", "ONNX Runtime", "ONNX Runtime int8"]
+    assert list(outputs) == lanes + [f"OpenCV {cv2.__version__}"] * opencv_is_there
+    assert ("pip install opencv-python-headless" in table) == (not opencv_is_there)
+    assert threads == [1] and len(runs) == 1 and f"batch 1, {SIZE[0]}x{SIZE[1]}, CPU, 1 threads, 2.000 GM" in table
+    for lane, depth in outputs.items():
+        assert re.search(rf"^{lane} +20\.00 +40\.00 +50\.0 +100\.0$", table, re.MULTILINE)
+        expected = outputs["PyTorch"] + (0.5 if "int8" in lane else 0)
+        np.testing.assert_allclose(depth, expected, atol=1e-4)  # each runs its own file
 
 
 def test_a_file_that_opencv_cannot_read_is_skipped_in_one_line(tmp_path, capfd):
@@ -365,6 +381,7 @@ def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoin
     out = tmp_path / "new" / "best.onnx"
     export.main([str(checkpoint), "--out", str(out), "--int8", "--data", str(frames)])
     said, small = capsys.readouterr().out, out.with_name("best-int8.onnx")
+    assert "int8 calibrated on 8 images" in said  # of train
     assert sorted(p.name for p in out.parent.iterdir()) == ["best-int8.onnx", "best.onnx"]
     assert small.stat().st_size < 0.4 * out.stat().st_size
     (predict, config), (_, expected_config) = load_predictor(small), load_predictor(out)

@@ -551,7 +551,7 @@ KILLED = {
 ENDINGS = KILLED | {
     "main is called": 'at_call(train, "finish", 1, kill); data.run_script = lambda main, *_: main()',
     "Ctrl-C in epoch 1": 'at_call(train, "finite_sum", 1, ctrl_c)',
-    "Ctrl-C in epoch 2": 'at_call(train, "finite_sum", 3, ctrl_c); sys.argv += ["--workers", "2"]',
+    "Ctrl-C in epoch 2": 'at_call(train, "finite_sum", 3, ctrl_c); sys.argv += ["--workers", "1"]',
     "full disk": "full_disk()",
 }
 SCRIPT = """
