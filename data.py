@@ -296,7 +296,7 @@ class Sample(NamedTuple):
     """One image with its depth, not read yet: what a layout's find() lists."""
     part: str | None  # train, val or test where the data set says so
     scene: str  # a scene is never split between train and val
-    source: object  # what the layout's read() takes
+    source: object  # what the layout's read() takes; hashable, so a tuple and not a list
     name: str  # for messages
 
 
@@ -1275,7 +1275,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says every default but None."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def make_parser(description):
@@ -1301,6 +1303,7 @@ def positive(kind):
 
 
 non_negative = checked(int, lambda n: n >= 0, "0 or more")
+workers = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
 multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32")
 
 

@@ -466,7 +466,7 @@ def make_parser():
     p.add_argument("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
     p.add_argument("--depth-scale", type=data.positive(float), default=1000.0,
                    help="16-bit depth / this = metres")
-    p.add_argument("--workers", type=data.non_negative, default=0, help="processes that read data")
+    p.add_argument("--workers", type=data.workers, default=0, help="processes that read data")
     p.add_argument("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
     p.add_argument("--sheet", metavar="FILE", help="where to show samples (default: MODEL-SPLIT.png)")
     # prediction

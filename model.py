@@ -237,8 +237,9 @@ class DepthNet(nn.Module):
 # Relatives: of each its table, its encoder, its decoder
 # ------------------------------------------------------------------------------------------------------------
 
-# The layer table: this project's own, ReLU throughout. Its strides come one block earlier than FastDepth's,
-# so it has two feature maps at 1/4 and only the stem's at 1/2. MobileNet above expands the encoder's rows.
+# The layer table: this project's own, ReLU throughout. It has strides in blocks 1, 3, 5 and 12, where
+# FastDepth has them in 2, 4, 6 and 12; so it has two feature maps at 1/4 and only the stem's at 1/2.
+# MobileNet above expands the encoder's rows.
 #    row       stride   out  skip       output at 224x224
 LAYER_TABLE_ENCODER = (
     ("initial",   2,     32,  "1/2"),   # 112 x 112  --> iconv1, upsampled
@@ -320,6 +321,7 @@ class ImageNetEncoder(nn.Module):
         self.channels = []
 
     def add(self, row, layer, channels, skip):
+        """Append a layer, whose output is a skip if `skip` is not empty."""
         self.layers[row] = layer
         if skip:
             self.skips.append(row)
@@ -482,7 +484,8 @@ class DenseDepthDecoder(nn.Module):
         return self.head(x)                                                  # (B,    1, H/2, W/2)
 
 
-# ResNet-101: bottleneck blocks, the stride in the first one's 3x3 convolution, as in torchvision.
+# ResNet-101: bottleneck blocks. The stride is in the first block's 3x3 convolution, as in torchvision; the
+# paper has it in the first 1x1.
 #    row      blocks  stride  inside   out       output at 480x640
 RESNET101 = (
     ("layer1",   3,     1,      64,    256),  # 120 x 160  --> lateral2

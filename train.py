@@ -154,7 +154,7 @@ def make_flags():
     add("--max-depth", type=positive(float), default=10.0, help="metres; deeper never counts; KITTI 80")
     add("--augment", default="flip", choices=data.AUGMENTS, help="random changes: see data.DepthDataset")
     add("--limit", type=positive(int), metavar="N", help="use only N samples of each split: a smoke run")
-    add("--workers", type=data.non_negative, default=0, metavar="N", help="processes that read images")
+    add("--workers", type=data.workers, default=0, metavar="N", help="processes that read images")
     # network
     add("--model", default="fastdepth", choices=MODELS, help="see model.py")
     add("--options", nargs="*", type=key_value, metavar="KEY=VALUE",
@@ -242,8 +242,6 @@ def parse(argv):
         torch.set_num_threads(args.threads)
     if args.tensorboard:
         summary_writer()
-    if args.workers > 256:
-        raise UserError(f"--workers {args.workers}: so many processes would only bring the machine down")
     for name in ("model", "options", "optimizer"):
         if saved and getattr(args, name) != saved["args"].get(name):
             raise UserError(f"{args.resume}: was trained with another --{name}: start a new run to change it")

@@ -625,13 +625,16 @@ def test_what_dead_processes_left_is_cleared_and_what_others_write_or_own_stays(
     (data.positive(int), {"3": 3}, ["0", "-1", "1.5", "two"]),
     (data.positive(float), {"0.5": 0.5, "3": 3.0}, ["0", "-1", "inf", "nan", "two"]),
     (data.non_negative, {"0": 0, "2": 2}, ["-1", "0.5", ""]),
+    (data.workers, {"0": 0, "256": 256}, ["-1", "257", "many"]),
     (data.multiple_of_32, {"32": 32, "224": 224}, ["0", "-32", "33", "32.0"]),
 ])
 def test_a_flag_takes_only_numbers_that_make_sense_and_help_says_its_default(kind, good, bad, capsys):
     parser = data.make_parser("A script.")
     parser.add_argument("--number", type=kind, default=32, help="how many")
     parser.add_argument("--out", help="a folder")
+    parser.add_argument("--seed", type=int, default=0, help="of it all")
     assert "how many (default: 32)" in parser.format_help() and "None" not in parser.format_help()
+    assert "of it all (default: 0)" in parser.format_help()
     for text, value in good.items():
         assert parser.parse_args(["--number", text]).number == value
     for text in bad:

@@ -621,6 +621,12 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
         Image.open(file).load()  # whole
 
 
+def test_more_workers_than_a_machine_can_bear_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        eval.make_parser().parse_args(["best.pt", "--workers", "100000"])
+    assert "argument --workers: must be 0 to 256, got 100000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, named", [
     ("MODEL", "--data"),
     ("MODEL --data FRAMES --images photo.png", "--data"),

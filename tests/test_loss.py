@@ -303,3 +303,9 @@ def test_ssim_keeps_its_digits_on_far_walls():
     pred, target = 9 + 0.05 * torch.rand(2, 4, 1, 32, 32, generator=generator())
     exact = ssim(pred.double(), target.double(), target > 0).item()
     assert ssim(pred, target, target > 0).item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_loss_that_is_added_is_told_the_range_if_it_takes_max_depth(monkeypatch):
+    monkeypatch.setitem(LOSSES, "share", lambda pred, target, mask, max_depth=10.0: pred.mean() / max_depth)
+    pred = torch.full((1, 1, 2, 2), 8.0)
+    assert make_loss("share", 80.0)(pred, pred, pred > 0) == pytest.approx(0.1)

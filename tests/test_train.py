@@ -851,7 +851,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--batch-size 1 --size 32 32", "--batch-size 1 with --size 32 32"),
     ("--clip -1", "--clip"),
     ("--workers -1", "--workers"),
-    ("--workers 100000", "--workers 100000"),
+    ("--workers 100000", "--workers: must be 0 to 256"),
     ("--threads -1", "--threads"),
     ("--max-depth inf", "--max-depth"),
     ("--max-depth 0.001", "0.001"),  # nothing is valid
