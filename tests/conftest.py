@@ -15,7 +15,7 @@ import train
 
 # 2 steps an epoch: the last 2 of 10 images are no whole batch
 MINIATURE = ("--model fastdepth-pruned --size 64 64 --batch-size 4 --limit 10 --lr 0.01 --schedule plateau "
-             "--augment flip --device cpu --amp none").split()
+             "--augment flip --device cpu --amp none --threads 1").split()
 
 
 @pytest.fixture(scope="session")
