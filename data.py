@@ -5,8 +5,8 @@
     ds.files[index]                         # the name of that sample, for messages
 
 Depth is metres along the optical axis (z, not the length of the ray). Each rule stands here once: files to
-metres (`to_metres`), which pixels count (`valid_mask`), which pixel shows where (`sampling_grid`), who
-validates (`assign_parts`).
+metres (`to_metres`), which pixels count (`valid_mask`), which source pixel each output pixel shows
+(`sampling_grid`), what is held out for validation (`assign_parts`).
 
     python data.py nyu                      # what is there: facts and a contact sheet
     python data.py nyu --pack nyu.h5        # write it once as one file that is read at memory speed
@@ -45,16 +45,16 @@ class UserError(Exception):
     """A mistake of the user's. run_script prints it as one line, which names the file and the cure."""
 
 
-# 16-bit depth: value / scale = metres. SUN RGB-D rotates the bits of millimetres, which below 8.19 m is x 8.
+# 16-bit depth: value / scale = metres. SUN RGB-D rotates the bits of its millimetres: below 8.19 m, times 8.
 SCALES = {1000: "NYU, ScanNet", 5000: "TUM", 256: "KITTI", 8000: "SUN RGB-D", 10000: "tenths of a millimetre"}
 
 
 def to_metres(raw, scale=1000.0, file=""):
     """Depth as stored, (H, W) or with a channel axis of 1 -> float32 metres, 0 = not measured.
 
-    Floats are metres; NaN, inf and negative values are not measured. Integers of 16 bits and more are divided
-    by `scale`; 0 and 65535 are not measured. In 8 bits, 255 = 10 m. UserError names the file if nothing is
-    measured or if the median cannot be metres.
+    Floats are metres; NaN, inf and negative values are not measured. Integers of 16 bits or more are divided
+    by `scale`; 0 and 65535 are not measured. With 8 bits, 255 is 10 m. UserError names the file if nothing
+    is measured or if the median is no plausible distance.
     """
     if raw.ndim == 3 and 1 in raw.shape:
         raw = raw.squeeze()
@@ -68,22 +68,19 @@ def to_metres(raw, scale=1000.0, file=""):
         cure = "8-bit depth must have 255 = 10 m"
     else:
         metres = np.where(raw == 65535, 0, raw).astype(np.float32) / np.float32(scale)
-        cure = "set --depth-scale"
-    some = metres.ravel()[::97]  # one pixel in a hundred tells metres from millimetres
-    if not (some > 0).any():
-        some = metres
-    if not (some > 0).any():
+        cure = None
+    measured = metres[metres > 0]
+    if not measured.size:
         raise UserError(f"{file}: no pixel of this depth map is measured (0, NaN or inf): remove the file")
-    median = float(np.median(some[some > 0]))
+    median = float(np.median(measured[::97]))  # one pixel in a hundred tells metres from millimetres
     if not 0.05 < median < 200:
-        if cure == "set --depth-scale":
-            cure = likely_scales(median, scale) or cure
+        cure = cure or likely_scales(median, scale) or "set --depth-scale"
         raise UserError(f"{file}: the median depth would be {median:.4g} m: {cure}")
     return metres
 
 
 def likely_scales(median, scale):
-    """The flags that would make rooms of 16-bit depth whose median is `median` metres at `scale`, as text."""
+    """Flags, as text, that would bring 16-bit depth with this median at this scale to the size of rooms."""
     medians = [(s, median * scale / s) for s in SCALES if s != scale]
     return ", ".join(f"--depth-scale {s} ({SCALES[s]}) would make it {m:.2g} m"
                      for s, m in medians if 0.5 < m < 25)
@@ -105,14 +102,14 @@ def read_image(file):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip it to white
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:  # those hide other colours
+            if "A" in image.getbands() or "transparency" in image.info:  # transparent pixels hide colours
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except Exception as error:  # Pillow raises errors of many types for damaged files
-        raise UserError(f"{file}: cannot be read as an image ({error}): replace or remove it") from None
+        raise UserError(f"{file}: cannot be read as an image ({error}): convert it to JPEG or remove it") from None
 
 
 def read_depth(file, scale):
@@ -139,7 +136,7 @@ GEOMETRIES = ("fastdepth", "full")
 AUGMENTS = ("none", "flip", "colour", "camera", "paper")
 FASTDEPTH_GRID = (250, 333)  # FastDepth resizes a frame to this ...
 FASTDEPTH_CROP = (228, 304)  # ... and shows its network the middle
-FOCAL = 0.81  # focal length / longer side of a frame: NYU's Kinect; assumed where a camera is not known
+FOCAL = 0.81  # focal length / longer side of a frame: NYU's Kinect; assumed for unknown cameras
 
 
 def nearest(n_in, n_out):
@@ -153,46 +150,40 @@ def nearest(n_in, n_out):
     return steps.cumsum(0).long()
 
 
-def crop_4_3(height, width):
-    """The height and width of the largest 4:3 box in a frame."""
-    return min(height, round(width * 3 / 4)), min(width, round(height * 4 / 3))
+def source_grid(height, width, geometry):
+    """The source rows and columns of a geometry's grid, and its box and its crop: two sizes (H, W).
 
-
-def fastdepth_grid(height, width):
-    """The source rows (250,) and columns (333,) of FastDepth's grid: centre crop to 4:3, then nearest."""
-    box_h, box_w = crop_4_3(height, width)
+    fastdepth   centre crop to 4:3 (the box), nearest to 250x333, of which the middle 228x304 is shown (the
+                crop): the official transforms
+    full        all of the frame
+    """
+    if geometry == "full":
+        return torch.arange(height), torch.arange(width), (height, width), (height, width)
+    if geometry != "fastdepth":
+        raise UserError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
+    box_h, box_w = min(height, round(width * 3 / 4)), min(width, round(height * 4 / 3))
     rows = nearest(box_h, FASTDEPTH_GRID[0]) + (height - box_h) // 2
     cols = nearest(box_w, FASTDEPTH_GRID[1]) + (width - box_w) // 2
-    return rows, cols
+    return rows, cols, (box_h, box_w), FASTDEPTH_CROP
 
 
 @lru_cache(maxsize=16)
-def sampling_grid(height, width, size, geometry="fastdepth", flip=False, zoom=1.0, roll=0.0, yaw=0.0,
-                  pitch=0.0):
-    """Which pixel of a height x width frame each output pixel shows: rows, cols (h, w) int64, and factor (h,
-    w) float32, by which depth must be multiplied; 0 where the view looks past the frame. One lookup serves
-    image and depth.
+def sampling_grid(height, width, size, geometry="fastdepth", flip=False, zoom=1, roll=0, yaw=0, pitch=0):
+    """Which pixel of a frame each output pixel shows, for image and depth alike.
 
-    fastdepth: centre crop to 4:3, nearest to 250x333, centre crop 228x304, nearest to `size` (the official
-    transforms). full:      the whole frame, squeezed to `size`. The rest is augmentation: a horizontal flip,
-    a zoom about the centre, and turns of the camera in degrees. After a turn R, the ray r of an output pixel
-    looks along R r, and a point at depth z is at z / (R r)_z from the new camera.
+    Returns rows and cols (h, w) int64, and factor (h, w) float32, by which depth must be multiplied; 0 where
+    the view looks past the frame. By default what source_grid shows, squeezed to `size` by nearest. The rest
+    is augmentation: a horizontal flip, a zoom about the centre, and turns of the camera in degrees. After a
+    turn R, the ray r of an output pixel looks along R r, and a point at depth z is at z / (R r)_z from the
+    new camera.
     """
-    if geometry == "fastdepth":
-        source_rows, source_cols = fastdepth_grid(height, width)
-        crop_h, crop_w = FASTDEPTH_CROP
-        pixels = len(source_cols) / crop_4_3(height, width)[1]  # grid pixels per source pixel
-    elif geometry == "full":
-        source_rows, source_cols = torch.arange(height), torch.arange(width)
-        crop_h, crop_w = height, width
-        pixels = 1.0
-    else:
-        raise UserError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
+    source_rows, source_cols, box, (crop_h, crop_w) = source_grid(height, width, geometry)
     grid_h, grid_w = len(source_rows), len(source_cols)
+    pixels = grid_w / box[1]  # grid pixels per source pixel
     centre_y = round((grid_h - crop_h) / 2) + crop_h / 2
     centre_x = round((grid_w - crop_w) / 2) + crop_w / 2
 
-    # Offsets from the crop's centre in grid pixels. These are square; to turn the output would shear it.
+    # Offsets from the crop's centre in grid pixels, which are square: turning output pixels would shear.
     y = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * crop_h / size[0] - crop_h / 2)[:, None] / zoom
     x = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * crop_w / size[1] - crop_w / 2)[None, :] / zoom
     if flip:
@@ -227,46 +218,38 @@ def view(image, size, geometry):
 
 def visible_size(height, width, geometry):
     """How many rows and columns of a frame a geometry shows."""
-    if geometry == "full":
-        return height, width
-    box = crop_4_3(height, width)
-    return tuple(n * crop / grid for n, crop, grid in zip(box, FASTDEPTH_CROP, FASTDEPTH_GRID))
+    rows, cols, box, crop = source_grid(height, width, geometry)
+    return box[0] * crop[0] / len(rows), box[1] * crop[1] / len(cols)
 
 
-# A network's metres hold at one focal length: a zoom by 2 looks like half the distance. So whole images are
-# shown at the focal length of training, and depth makes up for what rounding to multiples of 32 leaves of it.
+# A network's metres hold for one focal length: zooming in by 2 looks like halving the distance. So whole
+# images are shown at the focal length of training, and depth_factor corrects what rounding to 32 changed.
 
 
 def focal_lengths(focal, frame, size, geometry):
-    """Focal length (vertical, horizontal), in output pixels, of a frame (H, W) of focal length `focal` shown
-    at `size`."""
+    """Focal lengths (vertical, horizontal), in output pixels, of a frame (H, W) shown at `size`."""
     return tuple(focal * shown / seen for shown, seen in zip(size, visible_size(*frame, geometry)))
 
 
 def trained_focal(config):
-    """The focal lengths (vertical, horizontal) in pixels at which the network of a checkpoint's config was
-    trained."""
+    """The focal lengths at which the network of a checkpoint's config was trained."""
     return focal_lengths(FOCAL * max(config["frame"]), config["frame"], config["size"], config["geometry"])
 
 
 def whole_image_size(frame, focal, config):
-    """The height and width, multiples of 32, at which a whole image (H, W) looks as the images of training
-    did."""
+    """The size, in multiples of 32, at which things in a whole image look as large as in training."""
     exact = [n * trained / focal for n, trained in zip(frame, trained_focal(config))]
     return tuple(max(32, round(n / 32) * 32) for n in exact)
 
 
 def depth_factor(focal, frame, size, geometry, config):
-    """What depth predicted from a frame shown at `size` must be multiplied by: shown / trained focal length.
-    """
-    ratios = [shown / trained for shown, trained in
-              zip(focal_lengths(focal, frame, size, geometry), trained_focal(config))]
-    return math.sqrt(ratios[0] * ratios[1])  # rounding changes height and width a little differently
+    """Shown / trained focal length: what depth predicted from a frame (H, W) must be multiplied by."""
+    shown = focal_lengths(focal, frame, size, geometry)
+    return math.sqrt(math.prod(shown) / math.prod(trained_focal(config)))  # the mean of both directions
 
 
 def shrink(image, factor):
-    """(H, W, 3) uint8 -> the same with `factor` times the rows and columns, antialiased; not changed if
-    factor >= 1."""
+    """(H, W, 3) uint8 -> `factor` times the rows and columns, antialiased; never more than there are."""
     if factor >= 1:
         return image
     height, width = image.shape[:2]
@@ -275,8 +258,7 @@ def shrink(image, factor):
 
 
 def colour_jitter(image, brightness, contrast, saturation):
-    """(3, H, W) in [0, 1] -> the same; a factor of 1 changes nothing. As torchvision's, but always in this
-    order."""
+    """(3, H, W) in [0, 1] -> the same. As torchvision's, in this order; a factor of 1 changes nothing."""
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     image = (image * brightness).clamp(0, 1)
     mean = (image * luma).sum(0).mean()
@@ -307,10 +289,10 @@ class DepthDataset(torch.utils.data.Dataset):
               flip     a horizontal flip half of the time
               colour   also roll by up to 5 degrees; brightness, contrast and saturation by 0.6 to 1.4
               camera   also yaw and pitch by up to 6 degrees: exactly what a turned camera would have seen
-              paper    FastDepth's: as colour, and a zoom of 1 to 1.5 with depth divided by it. (No image
-                       shows its zoom, so networks learn to predict too near: docs/results.md.)
-    A draw depends on (seed, epoch, i) alone, so any number of workers gives the same images: set ds.epoch
-    before each epoch. size None: frames as stored, without augmentation; batches need frames of one size.
+              paper    FastDepth's: as colour, plus a zoom of 1 to 1.5 with depth divided by it. (An image
+                       does not reveal its zoom, so depth comes out too small: docs/results.md.)
+    The draw depends only on (seed, epoch, i), so the number of workers does not matter. Set ds.epoch before
+    each epoch. size None: frames as stored, without augmentation; batches need frames of one size.
     """
 
     def __init__(self, layout, samples, size, geometry, augment, seed, scale):
@@ -334,8 +316,7 @@ class DepthDataset(torch.utils.data.Dataset):
         return image, depth
 
     def draw(self, index):
-        """This epoch's augmentation of a sample: arguments for sampling_grid, and for colour_jitter or None.
-        """
+        """A sample's augmentation in this epoch: sampling_grid's keywords, and colour_jitter's or None."""
         key = f"{self.seed} {self.epoch} {index}".encode()
         u = torch.rand(8, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
         if self.augment == "none":
@@ -371,32 +352,31 @@ class DepthDataset(torch.utils.data.Dataset):
 def assign_parts(samples):
     """The samples with a part each: train, val or test.
 
-    An official test part is only ever test: to choose a model on it would be to tune on the test set. val is
-    the data's own; else held out of train by scene, crc32(scene) % 5 == 0, or the last scene where that gives
-    none or all of them; without scenes, the last fifth of the samples.
+    An official test part is only ever test: choosing a model on it would be tuning on the test set. val is
+    the data set's own if it has one. Otherwise it is held out of train: the scenes with crc32(scene) % 5 == 0
+    (the last scene if that takes none or all), or without scenes the last fifth of the samples.
     """
-    own = [s for s in samples if s.part != "test"]
-    scenes = sorted({s.scene for s in own})
-    if any(s.part == "val" for s in own):
-        held_out = {s for s in own if s.part == "val"}
-    elif len(scenes) < 2:
-        held_out = set(own[len(own) - len(own) // 5:])
-    else:
-        chosen = {scene for scene in scenes if zlib.crc32(scene.encode()) % 5 == 0}
-        if len(chosen) in (0, len(scenes)):
-            chosen = {scenes[-1]}
-        held_out = {s for s in own if s.scene in chosen}
-    part = {s: "val" if s in held_out else "train" for s in own}
-    return [s._replace(part=part.get(s, "test")) for s in samples]
+    parts = [sample.part or "train" for sample in samples]
+    if "val" not in parts:
+        own = [i for i, part in enumerate(parts) if part != "test"]
+        held_out = own[len(own) - len(own) // 5:]
+        scenes = sorted({samples[i].scene for i in own})
+        if len(scenes) > 1:
+            chosen = [scene for scene in scenes if zlib.crc32(scene.encode()) % 5 == 0]
+            if len(chosen) in (0, len(scenes)):
+                chosen = [scenes[-1]]
+            held_out = [i for i in own if samples[i].scene in chosen]
+        for i in held_out:
+            parts[i] = "val"
+    return [sample._replace(part=part) for sample, part in zip(samples, parts)]
 
 
 def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdepth", seed=0,
                  depth_scale=1000.0, limit=None):
-    """The data at `root` in whichever layout it is -> a DepthDataset of its split "train", "val", "test" or
-    "all".
+    """The data at `root`, of any layout -> a DepthDataset of its split: "train", "val", "test" or "all".
 
-    augment: see DepthDataset; True is "paper".  depth_scale: of 16-bit depth.  limit: only so many, evenly
-    chosen. UserError if there is no data set, or nothing in that split.
+    augment is explained at DepthDataset (True is "paper"), depth_scale at to_metres; limit takes only so many
+    samples, evenly chosen. UserError if there is no data set, or nothing in that split.
     """
     augment = {False: "none", True: "paper"}.get(augment, augment)
     for value, choices in ((split, (*SPLITS, "all")), (augment, AUGMENTS), (geometry, GEOMETRIES)):
@@ -438,8 +418,7 @@ def evenly(n, k):
 
 
 def check_scale(dataset, max_depth):
-    """Say in one line if most of the depth lies beyond max_depth: it is another unit, or another kind of
-    scene."""
+    """Say in one line if half of the depth lies beyond max_depth: a wrong unit, or another kind of scene."""
     some = [dataset.read(i)[1].ravel()[::31] for i in evenly(len(dataset), 8)]
     depth = np.concatenate([d[d > 0] for d in some])
     if depth.size and (median := float(np.median(depth))) > max_depth:
@@ -514,8 +493,7 @@ NYU_RUNS = """
 
 
 def find_mat(root):
-    """nyu_depth_v2_labeled.mat with its filled-in depth; FILE.mat/rawDepths is depth as the Kinect measured
-    it."""
+    """nyu_depth_v2_labeled.mat, its depth filled in; FILE.mat/rawDepths is the Kinect's own, with holes."""
     if (root / "nyu_depth_v2_labeled.mat").is_file():
         root = root / "nyu_depth_v2_labeled.mat"
     file, depths = (root, "depths") if root.suffix == ".mat" else (root.parent, root.name)
@@ -524,9 +502,9 @@ def find_mat(root):
     with opened(file, "NYU's labelled .mat file") as h5:
         n = len(h5[depths])
         scenes = ["".join(map(chr, h5[ref][:].ravel())) for ref in h5["scenes"][:].ravel()]
-    runs = [int(run) for run in NYU_RUNS.split()]
-    parts = [part for i, run in enumerate(runs) for part in [None if i % 2 else "test"] * run]
-    if n != len(parts):  # somebody's own selection of frames
+    runs = np.array(NYU_RUNS.split(), int)
+    parts = np.resize(["test", "train"], len(runs)).repeat(runs).tolist()
+    if n != len(parts):  # a selection of the official frames
         parts = [None] * n
     return [Sample(parts[i], scenes[i], (file, depths, i), f"{file}/{depths}[{i}]") for i in range(n)]
 
@@ -542,17 +520,13 @@ def read_mat(source, scale):
 def lines_of(file):
     """The lines of a text file."""
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Excel puts first
+        return file.read_text(encoding="utf-8-sig").splitlines()  # drops Excel's byte order mark
     except UnicodeDecodeError:
-        raise UserError(f"{file}: is not text: name a folder, or a list of lines `image depth`") from None
+        raise UserError(f"{file}: is not text: give a folder, or a list of lines `image depth`") from None
 
 
 def find_lists(root):
-    """Lists of lines `image depth`: root itself, or {train,val,test}.{txt,csv} in it, or Kaggle's
-    nyu2_{train,test}.csv.
-
-    Paths are relative to the list's folder or to the one above. The scene is the folder of the image.
-    """
+    """A list of lines `image depth`, or train.txt, val.csv, ... or Kaggle's nyu2_train.csv in a folder."""
     if root.suffix in (".txt", ".csv") and root.is_file():
         return read_list(root, None)
     samples = []
@@ -565,8 +539,7 @@ def find_lists(root):
 
 
 def read_list(file, part):
-    """The samples that one list names. Words that are no such files (time stamps, focal lengths) are passed
-    over."""
+    """The samples of one list, in its folder or the one above; words that name no file are skipped."""
     samples = []
     for number, line in enumerate(lines_of(file), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
@@ -585,7 +558,7 @@ def read_list(file, part):
 
 def locate(name, folder):
     """The file that a list in `folder` calls `name`, or None."""
-    below = name.lstrip("/")  # BTS's lists begin every path with it
+    below = name.lstrip("/")  # every path in BTS's lists starts with one
     places = folder / name, folder / below, folder.parent / below
     return next((place for place in places if place.is_file()), None)
 
@@ -601,51 +574,44 @@ def words_of(path):
 
 
 def key_of(path):
-    """The words that say which frame it is: those that are neither markers nor begin with `depth`."""
+    """The words that say which frame it is: all but the markers and those that begin with `depth`."""
     return tuple(word for word in words_of(path) if word not in MARKERS and not word.startswith("depth"))
 
 
 def find_pairs(root):
-    """Images and depth maps in folders, paired by name: rgb/1.jpg and depth/1.png, 1_colors.png and
-    1_depth.png, ...
+    """Images and depth maps in folders, paired by name: rgb/1.jpg and depth/1.png, 1_rgb.jpg and 1_depth.png.
 
     Files with equal keys show one frame. The one whose path says `depth` most often is the depth of the one
-    that says it least; of equals, the one with fewer words is taken. What is left over is paired by time
-    (TUM).
+    that says it least; of equals, the one with fewer words. What is left over is paired by time (TUM).
     """
-    frames = {}
-    for folder, _, names in sorted(os.walk(root, followlinks=True)):
-        for name in sorted(names):
-            path = Path(folder, name).relative_to(root)
-            hidden = any(part.startswith(".") for part in path.parts)
-            if path.suffix.lower() in IMAGE_SUFFIXES + DEPTH_SUFFIXES and not hidden:
-                words = words_of(path.with_suffix(""))
-                says_depth = sum(word.startswith("depth") for word in words)
-                frames.setdefault(key_of(path.with_suffix("")), []).append((says_depth, len(words), path))
-    pairs, left = [], []
-    for files in frames.values():
-        images = sorted(file for file in files if file[2].suffix.lower() in IMAGE_SUFFIXES)
-        depths = sorted((-says, n, path) for says, n, path in files if path.suffix.lower() in DEPTH_SUFFIXES)
-        if images and depths and images[0][0] < -depths[0][0]:
-            for rivals in (images, depths):
-                if len(rivals) > 1 and rivals[0][:2] == rivals[1][:2]:
-                    raise UserError(f"{root}: {rivals[0][2]} and {rivals[1][2]} are for the same frame: "
-                                    "remove one, or name the pairs in a list")
-            pairs.append((images[0][2], depths[0][2]))
-        else:
-            left += files
-    images = [path for says, _, path in left if says == 0 and path.suffix.lower() in IMAGE_SUFFIXES]
-    depths = [path for says, _, path in left if says > 0 and path.suffix.lower() in DEPTH_SUFFIXES]
-    timed = pair_by_time(images, depths)
-    if (pairs or timed) and len(images) > len(timed):
-        note(f"{root}: {len(images) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
+    images, depths = {}, {}  # key -> [(how often the path says depth, number of words, path)]
+    for path in map(Path, sorted(glob.glob("**/*.*", root_dir=root, recursive=True))):
+        words = words_of(path.with_suffix(""))
+        says = sum(word.startswith("depth") for word in words)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(key_of(path.with_suffix("")), []).append((says, len(words), path))
+        if path.suffix.lower() in DEPTH_SUFFIXES:
+            depths.setdefault(key_of(path.with_suffix("")), []).append((-says, len(words), path))
+    pairs = []
+    for key in sorted(images.keys() & depths.keys()):
+        if min(images[key])[0] >= -min(depths[key])[0]:
+            continue  # none says depth more often than another
+        for rivals in images[key], depths[key]:
+            first, *rest = sorted(rivals)
+            if rest and first[:2] == rest[0][:2]:
+                raise UserError(f"{root}: {first[2]} and {rest[0][2]} are for the same frame: "
+                                "remove one, or name the pairs in a list")
+        pairs.append((min(images.pop(key))[2], min(depths.pop(key))[2]))
+    rgb = [path for group in images.values() for says, _, path in group if says == 0]
+    timed = pair_by_time(rgb, [path for group in depths.values() for says, _, path in group if says < 0])
+    if (pairs or timed) and len(rgb) > len(timed):
+        note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
     scenes = read_scenes(root / "scenes.csv")
     return [pair_sample(root, *pair, scenes) for pair in sorted(pairs + timed)]
 
 
 def pair_by_time(images, depths, apart=0.02):
-    """Pairs of files named by their time in seconds, in folders side by side, at most 0.02 s apart: TUM's
-    way."""
+    """Pairs of files named by their time in seconds, in folders side by side, as TUM's."""
     pairs, timed = [], {}
     for depth in depths:
         if re.fullmatch(r"\d+(\.\d+)?", depth.stem):
@@ -667,8 +633,7 @@ def read_scenes(file):
 
 
 def pair_sample(root, image, depth, scenes):
-    """The sample of two paths below root. The part is the first folder called train, val or test; the scene
-    is what scenes.csv says, else the other folders that say more than rgb or depth."""
+    """The sample of two paths below root, with its part and its scene from the names of its folders."""
     folders = image.parts[:-1]
     part = next((folder for folder in folders if folder in SPLITS), None)
     scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
@@ -688,7 +653,7 @@ def pack_frame(dataset, size, index):
     """One frame as a pack stores it: (h, w, 3) uint8, (h, w) uint16 millimetres."""
     image, depth = dataset.read(index)
     if size is None:
-        rows, cols = fastdepth_grid(*depth.shape)
+        rows, cols, _, _ = source_grid(*depth.shape, "fastdepth")
     else:
         rows, cols = (nearest(n, to) for n, to in zip(depth.shape, size))
     grid = rows[:, None].numpy(), cols.numpy()
@@ -700,9 +665,9 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     """Write the data at `root` as one file that is read at memory speed: uint8 RGB, uint16 millimetres.
 
     size None: frames are FastDepth's 250x333 grid with the margin outside its crop, so that geometry
-    fastdepth and its augmentation read the same pixels; rooms keep their own size. Of frames that are not
-    4:3, the 4:3 view is taken for the whole from then on. Else whole frames at `size`, to which rooms are
-    rendered. Depth beyond 65.534 m is not measured. All cores work; the file does not depend on how many.
+    fastdepth and its augmentation read the same pixels; frames that are not 4:3 keep only their 4:3 centre,
+    and rooms keep their own size. With a size: whole frames, squeezed to it, and rooms rendered at it. Depth
+    beyond 65.534 m becomes not measured. All cores work; the file does not depend on how many there are.
     """
     file, start = Path(file), time.time()
     if file.suffix != ".h5":
@@ -718,17 +683,18 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
         raise UserError(f"{file}: needs {megabytes:.0f} MB, and {free:.0f} MB are free: make room for it")
     print(f"packing {n} frames of {h}x{w} into {file}, {megabytes:.0f} MB")
     pack = partial(pack_frame, dataset, size)
-    frames = torch.utils.data.DataLoader(range(n), batch_size=None, num_workers=os.cpu_count(),
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    frames = torch.utils.data.DataLoader(range(n), batch_size=None, num_workers=cores,
                                          collate_fn=pack, worker_init_fn=worker_init)
     with whole_file(file) as f:
-        f.truncate(n * h * w * 5)  # a limit on file sizes is an error here, and a crash in HDF5
+        f.truncate(n * h * w * 5)  # exceeding a file size limit is an error here, a crash in HDF5
         with h5py.File(f.name, "w") as h5:
             h5.attrs["fastdepth_pack"] = PACK_VERSION
             images = h5.create_dataset("image", (n, h, w, 3), np.uint8)
             depths = h5.create_dataset("depth", (n, h, w), np.uint16)
             for key in ("part", "scene", "name"):
                 h5[key] = [getattr(sample, key) for sample in dataset.samples]
-            images[0, 0, 0, 0] = depths[0, 0, 0] = 0  # gives the arrays their place in the file
+            images[0, 0, 0, 0] = depths[0, 0, 0] = 0  # makes HDF5 allocate both
             places = images.id.get_offset(), depths.id.get_offset()
         for i, frame in enumerate(frames):
             for place, array in zip(places, frame):
@@ -766,11 +732,7 @@ def read_pack(source, scale):
 
 
 def find_rooms(root):
-    """rooms:N or rooms:N:SEED, a name instead of a path: N rooms to train on, and N / 8, at most 512, to
-    validate.
-
-    A room is drawn from (seed, part, index) alone, so that more training rooms never become validation rooms.
-    """
+    """rooms:N[:SEED], a name instead of a path: N rooms to train on, and N / 8, at most 512, to validate."""
     if not str(root).startswith("rooms:"):
         return []
     match = re.fullmatch(r"rooms:(\d+)(?::(-?\d+))?", str(root))
@@ -778,14 +740,14 @@ def find_rooms(root):
         raise UserError(f"{root}: write rooms:N or rooms:N:SEED")
     n, seed = int(match[1]), int(match[2] or 0)
     if n < 8:
-        raise UserError(f"{root}: at least 8 rooms are needed, of which 1 in 8 validates")
+        raise UserError(f"{root}: write at least 8 rooms: every eighth validates")
+    # A room depends on its key alone, so more training rooms never become validation rooms.
     rooms = [f"{seed} train {i}" for i in range(n)] + [f"{seed} val {i}" for i in range(min(n // 8, 512))]
     return [Sample(key.split()[1], "rooms", (key, ROOM_SIZE), f"room {key}") for key in rooms]
 
 
 def read_room(source, scale):
-    """A rendered room. The training rooms' depth has holes as a Kinect's, the validation rooms' is complete.
-    """
+    """A rendered room. Only the training rooms' depth has a Kinect's holes."""
     key, size = source
     image, depth = render_room(key, size)
     if " train " in key:
@@ -793,7 +755,7 @@ def read_room(source, scale):
     return image, depth
 
 
-# To add a layout: write find and read, and add a row.
+# To add a layout: write find and read, and add a row. The first row whose find returns samples is taken.
 LAYOUTS = {
     "rooms": Layout(find_rooms, read_room, "rooms:N or rooms:N:SEED, rendered"),
     "HDF5 folders": Layout(find_hdf5, read_hdf5, "{train,val}/<scene>/*.h5"),
@@ -804,7 +766,7 @@ LAYOUTS = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# Rooms: rendered images with exact depth, from which a network can truly learn metres
+# Rooms: rendered images with exact depth, to learn from without any download
 # ------------------------------------------------------------------------------------------------------------
 
 ROOMS_VERSION = 3  # raise it when the images change: packs of rooms are then rendered again
@@ -816,7 +778,7 @@ def thing(name, width, height, depth, *parts):
     """A kind of thing: its least and largest size in metres (2, 3), and its parts (n, 7), which are boxes.
 
     A part is x0, y0, z0, x1, y1, z1 in fractions of that size, x from the middle, y up from the floor, z from
-    the back; then what it is made of. Loose objects lie on the first part.
+    the back; then what it is made of. Loose objects are put on top of the first part.
     """
     return np.array([width, height, depth]).T, np.array([(*part, MAIN)[:7] for part in parts])
 
@@ -885,8 +847,8 @@ ON_WALLS = [
     thing("curtain", (.4, .9), (2.2, 2.35), (.08, .15), (-.5, .02, 0, .5, 1, 1)),
     thing("wall shelf", (.6, 1.2), (1.5, 1.9), (.2, .25),
           (-.5, .7, 0, .5, .72, 1), (-.4, .72, 0, .2, .85, 1, OTHER))]
-THINGS = 10  # of each list, at most
-LOOSE = 24  # objects on a thing, less than
+THINGS = 10  # tries per list: what finds no place is left out
+LOOSE = 24  # there are always fewer loose objects on a thing
 
 # Patterns are cells of u x v metres with dark joints between them; with shift 1 every second row is moved by
 # half a cell; `hues` is how much the colours of the cells differ.
@@ -916,7 +878,7 @@ class Room(NamedTuple):
     """A furnished room. Metres; x to the right, y up, z ahead, from the middle of the floor."""
     boxes: np.ndarray   # (K, 6) low and high corner in the frame of the thing; box 0 is the room itself
     poses: np.ndarray   # (K, 3) where that frame stands: x, z and turn in radians
-    look: np.ndarray    # (K,) row of looks; the room has three: 0 walls, 1 floor, 2 ceiling
+    look: np.ndarray    # (K,) which row of `looks` a box has; the room has three: walls, floor, ceiling
     looks: np.ndarray   # (N, 10) red, green, blue, contrast of cells, glow, and a row of PATTERNS
     eye: np.ndarray     # (3,) where the camera is
     axes: np.ndarray    # (3, 3) rows: its right, up and ahead
@@ -929,7 +891,7 @@ def furnish(rng):
     width, height, length = (2.6, 2.4, 3) + (5.9, .8, 6.5) * rng.random(3)
     heading = rng.uniform(0, 2 * math.pi)
     sin, cos = math.sin(heading), math.cos(heading)
-    away = (rng.uniform(-1, 1, 2) - (.7 * sin, .7 * cos)).clip(-1, 1)  # more often with the room ahead
+    away = (rng.uniform(-1, 1, 2) - (.7 * sin, .7 * cos)).clip(-1, 1)  # mostly with the room ahead of it
     eye_x, eye_z = away * (width / 2 - .5, length / 2 - .5)
 
     floor, camera = (width, length), (eye_x, eye_z, sin, cos)
@@ -968,7 +930,7 @@ def find_place(rng, size, floor, at_wall, taken, camera):
     eye_x, eye_z, sin_heading, cos_heading = camera
     for x, z, turn, skew in rng.random((8, 4)).tolist():
         turn = int(4 * turn) * math.pi / 2 + (0 if at_wall else skew - .5)
-        cos, sin = math.cos(turn), math.sin(turn)  # its right is x, z = cos, -sin, its front sin, cos
+        cos, sin = math.cos(turn), math.sin(turn)  # x, z of its right: cos, -sin; of its front: sin, cos
         half_x = (abs(cos) * size[0] + abs(sin) * size[2]) / 2
         half_z = (abs(sin) * size[0] + abs(cos) * size[2]) / 2
         x = (2 * x - 1) * (floor[0] / 2 - half_x)
@@ -1020,9 +982,6 @@ def camera_axes(heading, pitch, roll):
     return np.array([right, np.cross(ahead, right), ahead])
 
 
-CORNERS = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
-
-
 def find_faces(room):
     """Room -> corners (K, 8, 3) of its boxes, outward normals (K, 6, 3) and offsets (K, 6) of their faces.
 
@@ -1036,18 +995,19 @@ def find_faces(room):
     middle = (low + high) / 2 @ axes + np.column_stack([x, zero, z])[:, None]
     normals = np.concatenate([-axes, axes], 1)
     offsets = (normals * middle).sum(-1) + np.concatenate([half, half], 2)[:, 0]
-    return middle + half * CORNERS @ axes, normals, offsets
+    signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+    return middle + half * signs @ axes, normals, offsets
 
 
 def trace(faces, eye, axes, x, y):
     """What each ray meets first -> 1 / depth (H, W) float32, and which face (H, W): 6 x box + face.
 
     The ray of a pixel is x right + y up + ahead, so that the distance t along it is depth. It meets a plane
-    at 1 / t = normal . ray / (offset - normal . eye), which is affine in x (W,) and y (H,). It is in a box
-    where 1 / t is below that of each face with the eye before it and above that of each with the eye behind.
+    at 1 / t = normal . ray / (offset - normal . eye), which is affine in x (W,) and y (H,). It enters a box
+    at the last face with the eye in front of it, and leaves at the first of the others. 1 / t falls with t.
     """
     corners, normals, offsets = faces
-    gap = offsets - normals @ eye  # (K, 6), negative where the eye is before the face
+    gap = offsets - normals @ eye  # (K, 6), negative where the eye is in front
     seen = (corners - eye) @ axes.T  # (K, 8, 3)
     columns = (seen[..., 0] / seen[..., 2] - x[0]) / (x[1] - x[0])
     rows = (seen[..., 1] / seen[..., 2] - y[0]) / (y[1] - y[0])
@@ -1055,34 +1015,25 @@ def trace(faces, eye, axes, x, y):
     bounds[seen[..., 2].min(1) < .02] = 0, len(y), 0, len(x)  # partly behind the eye: look everywhere
     bounds = bounds.clip(0, (len(y), len(y), len(x), len(x))).astype(int)
     drawn = (bounds[:, 0] < bounds[:, 1]) & (bounds[:, 2] < bounds[:, 3])
-    drawn &= (seen[..., 2].max(1) > 0) & (gap < 0).any(1)  # the eye is in no thing
-    drawn[0] = True  # but in the room
+    drawn &= (seen[..., 2].max(1) > 0) & (gap < 0).any(1)  # the eye is in no thing, only in the room
 
-    # The faces of each drawn box, first those with the eye before them.
-    box = np.flatnonzero(drawn)[:, None]
-    order = gap[drawn].argsort(1)
-    gap = gap[box, order]
-    number = 6 * box + order
-    weights = (normals[box, order] @ axes.T / gap[..., None]).astype(np.float32)
-    by_column = weights[..., :1] * x + weights[..., 2:]  # (drawn, 6, W)
-    by_row = weights[..., 1:2] * y  # (drawn, 6, H)
-
-    near = np.zeros((len(y), len(x)), np.float32)
-    hit = np.zeros(near.shape, int)
-    fronts = (gap < 0).sum(1)
-    fronts[0] = 6
-    for i, (front, (top, bottom, left, right)) in enumerate(zip(fronts, bounds[drawn].tolist())):
-        planes = by_row[i, :, top:bottom, None] + by_column[i, :, None, left:right]
-        before = near[top:bottom, left:right]
-        if i == 0:  # the room, which the ray leaves
-            enter = planes.max(0)
-            closer = enter > 0
-        else:
-            enter = planes[:front].min(0)
-            closer = enter > np.maximum(planes[front:].max(0), before)
-        np.copyto(before, enter, where=closer)
-        for face in range(front):
-            np.copyto(hit[top:bottom, left:right], number[i, face], where=closer & (planes[face] == enter))
+    across, up, ahead = (normals @ axes.T / gap[..., None]).astype(np.float32).T[..., None]  # (6, K, 1)
+    planes = (up[:, 0] * y)[..., None] + (across[:, 0] * x + ahead[:, 0])[:, None]  # (6, H, W) of the room
+    near = planes.max(0)  # where the ray leaves it
+    hit = planes.argmax(0)
+    order, fronts = gap.argsort(1), (gap < 0).sum(1)
+    for box in np.flatnonzero(drawn):
+        top, bottom, left, right = bounds[box]
+        by_row = up[:, box] * y[top:bottom]
+        by_column = across[:, box] * x[left:right] + ahead[:, box]
+        planes = by_row[..., None] + by_column[:, None]
+        front, behind = order[box, :fronts[box]], order[box, fronts[box]:]  # the eye is before it, or not
+        enter = planes[front].min(0)
+        closer = enter > np.maximum(planes[behind].max(0), near[top:bottom, left:right])
+        np.copyto(near[top:bottom, left:right], enter, where=closer)
+        for face in front:
+            shown = closer & (planes[face] == enter)
+            np.copyto(hit[top:bottom, left:right], 6 * box + face, where=shown)
     return near, hit
 
 
@@ -1158,7 +1109,7 @@ def shade(room, faces, hit, point):
 def kinect_holes(depth, rng):
     """Depth (H, W) as a Kinect would measure it, for training only; 0 = not measured.
 
-    Nothing is measured in the shadow that near things throw on far ones, nor in some patches (glass, cloth).
+    Nothing is measured in the shadow that near things cast on far ones, nor in some patches (glass, cloth).
     """
     height, width = depth.shape
     shift = width / 40 / depth.clip(.5)  # pixels: the projector is at the side; near things move further
@@ -1178,8 +1129,7 @@ RAMP = np.array([[252, 253, 191], [254, 194, 135], [251, 135, 97], [229, 80, 100
 
 
 def colourise(depth, near, far):
-    """(H, W) metres -> (H, W, 3) uint8, from bright at `near` to dark at `far` (which may be less); 0 and NaN
-    are grey."""
+    """(H, W) metres -> (H, W, 3) uint8: `near` bright, `far` dark (it may be the smaller), 0 and NaN grey."""
     depth = np.asarray(depth, dtype=np.float32)
     measured = np.isfinite(depth) & (depth > 0)
     t = np.where(measured, (depth - near) / (far - near or 1), 0).clip(0, 1) * (len(RAMP) - 1)
@@ -1188,7 +1138,7 @@ def colourise(depth, near, far):
 
 
 def colour_bar(near, far, height):
-    """A bar of the given height that says which colour is how many metres: (height, w, 3) uint8."""
+    """The colour scale of colourise, labelled in metres: (height, w, 3) uint8."""
     font = max(10, height // 28)
     bar = colourise(np.linspace(near, far, height).clip(1e-6)[:, None].repeat(font, 1), near, far)
     sheet = Image.new("RGB", (6 * font, height), "white")
@@ -1222,24 +1172,24 @@ def to_uint8(image):
 
 
 def progress(what, done, total, start, note=""):
-    """On a terminal, one line that updates itself, with speed and time left, and is gone when all is done."""
+    """On a terminal, a line with speed and time left that updates itself and disappears at the end."""
     if not sys.stdout.isatty():
         return
     seconds = max(time.time() - start, 1e-9)
     left = round(seconds / done * (total - done))
     line = f"{what} {done}/{total}  {done / seconds:.1f}/s  {left // 60}:{left % 60:02} left{note}"
-    print(f"\r{line if done < total else '':<79}", end="" if done < total else "\r", flush=True)
+    print(f"\r{'' if done == total else line:<79}", end="\r", flush=True)
 
 
 @lru_cache(maxsize=None)
 def note(text):
-    """Say something that is worth a look, once."""
+    """Print a note to stderr, once."""
     print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager
 def whole_file(file):
-    """A binary file to write to, which takes the place of `file` when the block ends: whole or not at all."""
+    """A temporary binary file that replaces `file` when the block ends: whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     clear_partials(file)
@@ -1256,14 +1206,14 @@ def whole_file(file):
 
 
 def clear_partials(file):
-    """Remove what processes that were killed while they wrote `file` have left."""
+    """Remove the partial files of processes that were killed while writing `file`."""
     for partial in file.parent.glob(f"{glob.escape(file.name)}.partial-[0-9]*"):
         try:
             os.kill(int(partial.suffix.removeprefix(".partial-")), 0)  # signal 0 only asks whether it lives
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
         except PermissionError:
-            pass  # somebody else's, and alive
+            pass  # another user's process, still running
 
 
 def worker_init(worker_id):
@@ -1272,7 +1222,7 @@ def worker_init(worker_id):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says every default but None."""
+    """Shows every default except None and False."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -1289,7 +1239,6 @@ def make_parser(description):
 def checked(kind, test, rule):
     """The argparse type of a number that passes a test."""
     def number(text):
-        """The number; argparse prints the error."""
         if not test(value := kind(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
@@ -1310,7 +1259,7 @@ multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32
 def check_device(name):
     """UserError if PyTorch has no such device here."""
     try:
-        torch.zeros(1, device=name).item()  # which "meta", a device without numbers, cannot give
+        torch.zeros(1, device=name).item()  # fails on "meta", which holds no numbers
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: PyTorch finds no such device here") from None
 
@@ -1326,7 +1275,7 @@ def run_script(main, *mistakes):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head -1`: nobody reads any more
+    except BrokenPipeError:  # `| head -1` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         sys.exit(141)
     except torch.OutOfMemoryError:
@@ -1351,7 +1300,7 @@ def print_facts(dataset, path):
     first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
     share = measured.size / sum(depth.size for _, depth in pairs)
     print(f"size    {' '.join(sizes)} in {len(pairs)} pairs looked at")
-    print(f"depth   median {median:.2f} m, 98 % in {first:.2f} to {last:.2f} m, to {measured.max():.2f} m; "
+    print(f"depth   median {median:.2f} m, 98 % from {first:.2f} to {last:.2f}, most {measured.max():.2f}; "
           f"{share:.0%} measured; 16-bit scale {dataset.scale:g}")
     return pairs
 

@@ -4,14 +4,14 @@
     python eval.py best.pt --data nyu --split test --protocol eigen --json nyu.json
     python eval.py best.pt --images photos --out depth                # depth of your own photos
 
-Metrics are computed per image, then averaged over images. What is compared, and where, is a protocol:
+Metrics are computed per image, then averaged over images. A protocol says what is compared, and where:
 
     own         what the network was trained and validated on: its size, geometry and range
     fastdepth   the 224x224 view of the FastDepth papers (crop, nearest), every measured pixel
-    eigen       480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to that
+    eigen       480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to it
     densedepth  480x640 frames, rows 20:460, columns 24:616, prediction clamped to 0.1 to 10 m, all pixels
                 pooled, averaged with the prediction of the horizontal flip
-    garg        KITTI: rows 41 % to 99 %, columns 4 % to 96 %, 1 mm to 80 m, prediction clamped to that
+    garg        KITTI: rows 41 % to 99 %, columns 4 % to 96 %, 1 mm to 80 m, prediction clamped to it
 """
 import argparse
 import glob
@@ -118,14 +118,14 @@ def cut(depth, rows, cols):
 
 
 def flip_average(predict):
-    """A prediction that is the mean of the image's and of its horizontal flip's, flipped back."""
+    """The mean of the prediction and of the flipped-back prediction of the horizontal flip."""
     return lambda image: (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
 
 
 def at_training_scale(predict, config, size=None, geometry="full"):
-    """A prediction for frames (B, 3, H, W) of any size -> metres of what `geometry` shows of them at `size`.
+    """predict() for frames (B, 3, H, W) of any size: crops by `geometry`, resizes to `size`, corrects metres.
 
-    size None: where things look as large as in training, if the camera is the usual one (FOCAL).
+    size None: the one at which objects look as large as in training, if the focal length is the usual one.
     """
     def predict_frames(image):
         frame = tuple(image.shape[-2:])
@@ -144,7 +144,7 @@ def compare(predict, image, depth, grid=None):
 
 
 def check_finite(depth, name):
-    """UserError if a network's depth is not all numbers."""
+    """UserError if a prediction contains NaN or infinity."""
     if not depth.isfinite().all():
         raise UserError(f"{name or 'the network'}: predicts NaN or infinity: its weights are damaged")
 
@@ -192,17 +192,13 @@ def evaluate(predict, loader, max_depth=math.inf, grid=None, frame=None, rows=(0
         result = {key: values[counted].mean() for key, values in images.items()}
     result = {key: value.item() for key, value in result.items()}
     result |= dict(images=int(counted.sum()), skipped=int((~counted).sum()))
-    return result, dict(images=images, ranges=by_distance({key: e.sum(0) for key, e in errors.items()}))
 
-
-def by_distance(errors):
-    """Sums (ranges,) -> for each range that occurs a dict of its limits, its share of pixels, its metrics."""
-    metrics = metrics_of(errors)
-    share = errors["count"] / errors["count"].sum()
-    limits = [0, *LIMITS, None]
-    return [{"from": limits[i], "to": limits[i + 1], "share": share[i].item()}  # the last range is open
-            | {key: values[i].item() for key, values in metrics.items()}
-            for i in range(len(share)) if share[i]]
+    by_range = metrics_of({key: e.sum(0) for key, e in errors.items()})
+    by_range["share"] = errors["count"].sum(0) / errors["count"].sum()
+    limits = [0, *LIMITS, None]  # the last range is open
+    ranges = [{"from": limits[i], "to": limits[i + 1]} | {key: v[i].item() for key, v in by_range.items()}
+              for i in range(len(LIMITS) + 1) if by_range["share"][i]]
+    return result, dict(images=images, ranges=ranges)
 
 
 def mean_depth_baseline(dataset, max_depth):
@@ -233,7 +229,7 @@ def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
         mask = valid_mask(depth, max_depth)
         measured = depth[mask] if mask.any() else torch.ones(1)
         near, far = measured.min().item(), measured.max().item()
-        error = torch.where(mask, (pred - depth).abs().clamp(1e-6, 1), 0)  # 0 would be grey: not measured
+        error = torch.where(mask, (pred - depth).abs().clamp(1e-6, 1), 0)  # 0 would be drawn grey
         rows.append([data.to_uint8(image), data.colourise(depth * mask, near, far),
                      data.colourise(pred.clamp(min=1e-3), near, far), data.colourise(error, 1, 0)])
     with whole_file(file) as f:
@@ -249,7 +245,7 @@ def load_predictor(file, device="cpu", threads=0):
     """A .pt or .onnx file -> predict: (B, 3, H, W) in [0, 1] -> (B, 1, H', W') metres, and its config.
 
     config is load_model's, and `fixed`, the only size (H, W) that a static .onnx file takes, else None, and
-    `runs_on`, for people.  threads: of ONNX Runtime; 0 is all cores.  UserError or ModelError names the file.
+    `runs_on`, to print.  threads: of ONNX Runtime; 0 is all cores.  UserError or ModelError names the file.
     """
     if Path(file).suffix == ".onnx":
         return load_onnx(file, device, threads)
@@ -278,7 +274,7 @@ def load_onnx(file, device, threads):
         raise UserError(f"{file}: ONNX Runtime cannot read it ({reason}): export it again") from None
     config = json.loads(session.get_modelmeta().custom_metadata_map.get("fastdepth", "{}"))
     if "frame" not in config:
-        raise UserError(f"{file}: was not written by this edition's export.py: export it again")
+        raise UserError(f"{file}: was not written by this version of export.py: export it again")
     for key in ("size", "frame", "fixed"):
         config[key] = config[key] and tuple(config[key])  # JSON has lists
 
@@ -292,7 +288,7 @@ def load_onnx(file, device, threads):
 
 
 def default_geometry(config):
-    """How a network sees one's own images: whole; a static .onnx file of training's size, as in training."""
+    """Photos are seen whole, except by a static .onnx of the training size, which sees training's crop."""
     return config["geometry"] if config["fixed"] == config["size"] else "full"
 
 
@@ -305,41 +301,26 @@ def by(size):
 # Depth of one's own images
 # ------------------------------------------------------------------------------------------------------------
 
-LONGEST = 1280  # pixels of what is written: no network here sees more, and 12 megapixels would be 48 MB
-UNREAD = (".heic", ".heif", ".avif")  # of phones; Pillow does not read them
+LONGEST = 1280  # longest side of what is written: no network here sees more, and 12 megapixels are 48 MB
+PHONES = (".heic", ".heif", ".avif")  # what Pillow cannot read is named, not passed over
 
 
 def find_images(paths):
-    """Files, folders and globs -> image files, without hidden ones. UserError names what holds no image."""
+    """Files, folders and globs -> image files, except hidden ones. UserError names a path without images."""
     files = []
     for path in paths:
         if Path(path).is_file():
             files.append(Path(path))
             continue
         found = sorted(Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path)))
-        found = [f for f in found if f.suffix.lower() in data.IMAGE_SUFFIXES + UNREAD and f.name[0] != "."]
+        found = [f for f in found if f.suffix.lower() in data.IMAGE_SUFFIXES + PHONES and f.name[0] != "."]
         if not found:
             raise UserError(f"{path}: no image there ({', '.join(data.IMAGE_SUFFIXES)})")
         files += found
-    images = [f for f in files if f.suffix.lower() not in UNREAD]
-    if len(images) < len(files):
-        data.note(f"{len(files) - len(images)} HEIC or AVIF files are not read: convert them to JPEG")
-    if not images:
-        raise UserError(f"{files[0]}: HEIC and AVIF are not read: convert it to JPEG")
-    return images
+    return files
 
 
-def check_targets(files, out, suffixes):
-    """UserError if a result would overwrite an image, or another result."""
-    taken = {file.resolve() for file in files}
-    for file in files:
-        for suffix in suffixes:
-            target = (out / (file.stem + suffix)).resolve()
-            if target in taken:
-                raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out")
-            taken.add(target)
-
-
+@torch.no_grad()
 def predict_images(predict, config, files, out, size=None, geometry="full", focal=None, ply=False,
                    name=None):
     """Write the depth of image files into the folder `out` (see write_depth).
@@ -347,9 +328,14 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
     size: at which the network sees them (None: where things are as large as in training).  geometry: full, or
     fastdepth for depth of the crop that training shows.  focal: the camera's, in pixels of the image (None:
     FOCAL x the longer side).  name: of the network, for errors.
-    An image that cannot be read is named and passed over; UserError at the end counts them.
+    An image that cannot be read is named and skipped; a final UserError says how many.
     """
-    check_targets(files, out, (".png", ".npy", "_depth.png", ".ply"))
+    taken = {file.resolve() for file in files}
+    for file in files:
+        for target in ((out / (file.stem + end)).resolve() for end in (".png", ".npy", "_depth.png", ".ply")):
+            if target in taken:
+                raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out")
+            taken.add(target)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from 90 megapixels on
     failed = 0
     for file in files:
@@ -365,12 +351,17 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
         pixels = focal or FOCAL * max(frame)
         if pixels < 0.1 * max(frame):
             raise UserError(f"--focal {focal:g}: is not in pixels: {file} has {by(frame)} of them")
-        depth, shown = predict_image(predict, config, image, size, geometry, pixels)
+        shown = size or whole_image_size(frame, pixels, config)
+        seen = shrink(image, FOCAL * max(640, *config["frame"]) / pixels)  # then by nearest, as in training
+        depth = predict(network_input(seen, shown, geometry)).float().cpu()
         check_finite(depth, name)
+        depth = depth * depth_factor(pixels, frame, shown, geometry, config)
         small = shrink(image, LONGEST / max(frame))
         small_focal = pixels * max(small.shape[:2]) / max(frame)
-        small = visible_part(small, geometry)
-        depth = F.interpolate(depth, small.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+        rows, cols = (max(1, round(n)) for n in data.visible_size(*small.shape[:2], geometry))
+        top, left = (small.shape[0] - rows) // 2, (small.shape[1] - cols) // 2
+        small = small[top:top + rows, left:left + cols]
+        depth = F.interpolate(depth, (rows, cols), mode="bilinear", align_corners=False)[0, 0].numpy()
         write_depth(out / file.stem, depth, small, small_focal if ply else None)
         print(f"{file}: {by(frame)}, focal length {pixels:.0f} pixels ({'given' if focal else 'assumed'}), "
               f"seen at {by(shown)} ({geometry}); depth {depth.min():.2f} to {depth.max():.2f} m, "
@@ -379,30 +370,9 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
         raise UserError(f"{failed} of {len(files)} images could not be read")
 
 
-@torch.no_grad()
-def predict_image(predict, config, image, size, geometry, focal):
-    """(H, W, 3) uint8, focal length in pixels -> (1, 1, h, w) metres, and the size that the network saw.
-
-    A large image is first shrunk to the focal length of a training frame, antialiased; from there it is
-    sampled by nearest, as in training.
-    """
-    frame = image.shape[:2]
-    size = size or whole_image_size(frame, focal, config)
-    seen = network_input(shrink(image, FOCAL * max(640, *config["frame"]) / focal), size, geometry)
-    return predict(seen).float().cpu() * depth_factor(focal, frame, size, geometry, config), size
-
-
 def network_input(image, size, geometry):
     """(H, W, 3) uint8 -> (1, 3, h, w) in [0, 1]."""
     return view(torch.tensor(image).permute(2, 0, 1)[None], size, geometry).float() / 255
-
-
-def visible_part(image, geometry):
-    """What a geometry shows of a (H, W, 3) image, in the image's own pixels."""
-    height, width = image.shape[:2]
-    shown_h, shown_w = (max(1, round(n)) for n in data.visible_size(height, width, geometry))
-    top, left = (height - shown_h) // 2, (width - shown_w) // 2
-    return image[top:top + shown_h, left:left + shown_w]
 
 
 def write_depth(path, depth, image, focal=None):
@@ -410,7 +380,7 @@ def write_depth(path, depth, image, focal=None):
 
     PATH.png        16-bit millimetres, at most 65.534 m, 0 where the network predicts 0 or less
     PATH.npy        float32 metres
-    PATH_depth.png  for people: the image, its depth in colours, and which colour is how many metres
+    PATH_depth.png  to look at: the image, its depth in colours, and a colour bar in metres
     PATH.ply        with a focal length: a coloured point cloud
     """
     near, far = np.quantile(depth, (0.01, 0.99))
@@ -451,31 +421,27 @@ def point_cloud(depth, image, focal):
 
 def make_parser():
     """The flags."""
-    p = data.make_parser("Evaluate a network on a data set, or predict the depth of images.")
-    p.add_argument("model", help="a .pt file of train.py or an .onnx file of export.py")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    p.add_argument("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
-                   help="what the network is shown (default: the scale of its training)")
-    p.add_argument("--geometry", choices=data.GEOMETRIES,
-                   help="how a frame becomes that size (default: the protocol's; for --images full)")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                   help="average with the horizontal flip (default: the protocol's)")
+    parser = data.make_parser("Evaluate a network on a data set, or predict the depth of images.")
+    add = parser.add_argument
+    add("model", help="a .pt file of train.py or an .onnx file of export.py")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"), help="(default: training's scale)")
+    add("--geometry", choices=data.GEOMETRIES, help="(default: the protocol's; full for --images)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with the flip (default: protocol's)")
     # evaluation
-    p.add_argument("--data", metavar="PATH", help="data set of any layout that data.py knows")
-    p.add_argument("--split", default="val", choices=(*data.SPLITS, "all"), help="of the data set")
-    p.add_argument("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
-    p.add_argument("--depth-scale", type=data.positive(float), default=1000.0,
-                   help="16-bit depth / this = metres")
-    p.add_argument("--workers", type=data.workers, default=0, help="processes that read data")
-    p.add_argument("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
-    p.add_argument("--sheet", metavar="FILE", help="where to show samples (default: MODEL-SPLIT.png)")
+    add("--data", metavar="PATH", help="data set of any layout that data.py knows")
+    add("--split", default="val", choices=(*data.SPLITS, "all"), help="of the data set")
+    add("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
+    add("--depth-scale", type=data.positive(float), default=1000.0, help="16-bit depth / this = metres")
+    add("--workers", type=data.workers, default=0, help="processes that read data")
+    add("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
+    add("--sheet", metavar="FILE", help="where to write the sheet of samples (default: MODEL-SPLIT.png)")
     # prediction
-    p.add_argument("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
-    p.add_argument("--out", default="runs/depth", metavar="DIR", help="folder for their depth")
-    p.add_argument("--focal", type=data.positive(float), metavar="PIXELS",
-                   help="focal length in pixels of the image (default: 0.81 of its longer side)")
-    p.add_argument("--ply", action="store_true", help="also write a coloured point cloud")
-    return p
+    add("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
+    add("--out", default="runs/depth", metavar="DIR", help="folder for their depth")
+    add("--focal", type=data.positive(float), metavar="PIXELS", help="(default: 0.81 x the longer side)")
+    add("--ply", action="store_true", help="also write a coloured point cloud")
+    return parser
 
 
 def main(argv=None):

@@ -5,10 +5,11 @@
     python export.py runs/fastdepth-1/best.pt --bench --threads 2   # how fast each way to run it is here
 
 The file takes `image` (B, 3, H, W), float32 RGB in [0, 1], and gives `depth` (B, 1, H', W'), float32 metres.
-Any batch; H and W are those of training, for images cropped as in training. --size 256 256 exports fastdepth
+Any batch size; H and W are those of training, for images cropped as in training. --size 256 256 exports
+fastdepth
 for whole images (see data.whole_image_size), --dynamic for all multiples of 32. Batch norm is folded. The
 metadata entry `fastdepth` is the config as JSON: network, size, geometry, frame, range, unit.
-Exit code 1, and no file, if ONNX Runtime's depth is not PyTorch's.
+Exit code 1, and no file, if ONNX Runtime and PyTorch disagree.
 """
 import json
 import logging
@@ -29,10 +30,10 @@ import torch.nn.functional as F
 
 import data
 from data import UserError, whole_file
-from eval import at_training_scale, by, check_finite, evaluate, find_images, load_predictor, network_input
+from eval import by, check_finite, evaluate, load_predictor
 from model import ModelError, count, fold_batch_norm, load_model
 
-TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. float32 summed in another order gives a hundredth of it
+TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. another order of float32 sums makes a hundredth of it
 
 # ------------------------------------------------------------------------------------------------------------
 # ONNX files
@@ -48,7 +49,7 @@ def export_onnx(model, file, size, config, dynamic=False):
         free[3] = 32 * torch.export.Dim("width", min=1, max=256)
     example = torch.zeros(2, 3, *((64, 96) if dynamic else size))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.export, about itself
+        warnings.simplefilter("ignore")  # torch.export warns about its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
@@ -62,20 +63,20 @@ def export_onnx(model, file, size, config, dynamic=False):
 
 
 def export_int8(model, file, size, config, images):
-    """Write the network with 8-bit weights and activations; images (N, 3, H, W) say how large these get."""
+    """Write the network with 8-bit weights and activations; images (N, 3, H, W) calibrate their ranges."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     feeds = ({"image": image.numpy()} for image in images.split(1))
     with tempfile.TemporaryDirectory() as folder:
         wide, narrow = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         export_onnx(model, wide, size, config)
-        logging.getLogger().setLevel(logging.ERROR)  # onnxruntime advises what export_onnx has done
+        logging.getLogger().setLevel(logging.ERROR)  # onnxruntime advises steps already taken
         quantize_static(
             wide, narrow, SimpleNamespace(get_next=lambda: next(feeds, None)),
             quant_format=QuantFormat.QDQ,  # standard operators, which ONNX Runtime fuses
-            per_channel=True,  # a scale for each filter: those of depthwise convolutions differ by far
+            per_channel=True,  # a scale for each filter: those of depthwise convolutions differ widely
             activation_type=QuantType.QUInt8,  # with QInt8, the default, x86 gains almost nothing
             weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax)  # percentiles and entropy score the same, in minutes
+            calibrate_method=CalibrationMethod.MinMax)  # the others take minutes and gain nothing
         with whole_file(file) as f:
             f.write(narrow.read_bytes())
 
@@ -86,11 +87,7 @@ def export_int8(model, file, size, config, images):
 
 
 def real_input(args, size, geometry, split, n):
-    """At most n images (N, 3, H, W): of --images, or of a split of --data."""
-    if args.images:
-        images = [data.read_image(file) for file in find_images(args.images)[:n]]
-        images = [data.shrink(image, 640 / max(image.shape)) for image in images]  # no aliasing
-        return torch.cat([network_input(image, size, geometry) for image in images])
+    """At most n images (N, 3, H, W) of a split of --data."""
     dataset = data.open_dataset(args.data, split, size, geometry=geometry, depth_scale=args.depth_scale,
                                 limit=n)
     return torch.stack([dataset[i][0] for i in range(len(dataset))])
@@ -98,7 +95,7 @@ def real_input(args, size, geometry, split, n):
 
 @torch.no_grad()
 def largest_difference(file, model, image):
-    """Run an .onnx file on image (B, 3, H, W) -> how far it is from model(image) anywhere, in metres."""
+    """Run an .onnx file on image (B, 3, H, W) -> the largest difference from model(image), in metres."""
     predict, config = load_predictor(file)
     batches = [image, image[:1]]
     if config["fixed"] is None:
@@ -107,13 +104,13 @@ def largest_difference(file, model, image):
 
 
 def timed(lanes, seconds=2.0):
-    """name -> run() becomes name -> (median, p90) milliseconds. Lanes take turns, so that whatever else the
-    machine does meets them all."""
+    """name -> run() becomes name -> (median, p90) milliseconds. Lanes take turns, so that other load on
+    the machine hits them all alike."""
     times = {name: [] for name in lanes}
     end = time.perf_counter() + seconds * len(lanes)
     while time.perf_counter() < end or min(map(len, times.values())) < 4:
         for name, run in lanes.items():
-            run()  # warm up: the lane before had the caches
+            run()  # warm up: the last lane filled the caches
             for _ in range(4):
                 start = time.perf_counter()
                 run()
@@ -139,14 +136,14 @@ def bench(model, image, files, threads):
 
 
 def opencv_lane(file, image, threads):
-    """{name: run()} with OpenCV's DNN module; a line and {} where it is not there or cannot read the file."""
+    """{name: run()} with OpenCV's DNN module; {} and a line if it is missing or cannot read the file."""
     try:
         import cv2
         net = cv2.dnn.readNetFromONNX(str(file))
     except ImportError:
         print("OpenCV: skipped (pip install opencv-python-headless)")
         return {}
-    except cv2.error as error:
+    except cv2.error as error:  # OpenCV 4 and a --dynamic file
         print(f"OpenCV {cv2.__version__}: skipped, it cannot read {file} ({str(error).splitlines()[0]})")
         return {}
     cv2.setNumThreads(threads)
@@ -164,22 +161,19 @@ def opencv_lane(file, image, threads):
 
 def make_parser():
     """The flags."""
-    p = data.make_parser("Export a checkpoint to ONNX and check the file.")
-    p.add_argument("model", help="a .pt file of train.py")
-    p.add_argument("--out", metavar="FILE", help="(default: the same name with .onnx)")
-    p.add_argument("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
-                   help="what the file takes (default: that of training, for images cropped as in training)")
-    p.add_argument("--dynamic", action="store_true",
-                   help="free height and width: for ONNX Runtime and OpenCV 5 only")
-    p.add_argument("--int8", action="store_true", help="also write NAME-int8.onnx, calibrated on 64 images")
-    p.add_argument("--data", default="rooms:64", metavar="PATH",
-                   help="data set to compare on (val) and to calibrate on (train)")
-    p.add_argument("--depth-scale", type=data.positive(float), default=1000.0,
-                   help="of the data set: 16-bit depth / this = metres")
-    p.add_argument("--images", nargs="+", metavar="PATH", help="images to compare and calibrate on instead")
-    p.add_argument("--bench", action="store_true", help="time the ways to run it")
-    p.add_argument("--threads", type=data.positive(int), default=torch.get_num_threads(), help="of --bench")
-    return p
+    parser = data.make_parser("Export a checkpoint to ONNX and check the file.")
+    add = parser.add_argument
+    add("model", help="a .pt file of train.py")
+    add("--out", metavar="FILE", help="(default: the same name with .onnx)")
+    add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
+        help="what the file takes (default: that of training, for images cropped as in training)")
+    add("--dynamic", action="store_true", help="free height and width: for ONNX Runtime and OpenCV 5 only")
+    add("--int8", action="store_true", help="also write NAME-int8.onnx, calibrated on 64 images")
+    add("--data", default="rooms:64", metavar="PATH", help="to compare on (val) and calibrate on (train)")
+    add("--depth-scale", type=data.positive(float), default=1000.0, help="16-bit depth / this = metres")
+    add("--bench", action="store_true", help="time the ways to run it")
+    add("--threads", type=data.positive(int), default=torch.get_num_threads(), help="of --bench")
+    return parser
 
 
 def main(argv=None):
@@ -190,21 +184,20 @@ def main(argv=None):
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: must end in .onnx")
     if args.int8 and args.dynamic:
-        raise UserError("--int8: needs one size, so no --dynamic")
+        raise UserError("--int8: needs a fixed size; drop --dynamic")
     model, config = load_model(args.model)
     size = tuple(args.size or config["size"])
     geometry = config["geometry"] if size == config["size"] else "full"
     image = real_input(args, size, geometry, "val", 8)
     check_finite(model(image), args.model)
 
-    with tempfile.TemporaryDirectory() as folder:  # a file that is wrong never takes the place of a right one
+    with tempfile.TemporaryDirectory() as folder:  # a wrong file never replaces a good one
         draft = Path(folder, out.name)
         export_onnx(model, draft, size, config, args.dynamic)
         difference = largest_difference(draft, model, image)
         print(f"largest difference from PyTorch over {len(image)} images: {difference:.2g} m")
         if not difference <= TOLERANCE * config["max_depth"]:
-            print(f"that is more than {TOLERANCE * config['max_depth']:g} m: {out} was not written")
-            sys.exit(1)
+            sys.exit(f"that is more than {TOLERANCE * config['max_depth']:g} m: {out} was not written")
         with whole_file(out) as f:
             f.write(draft.read_bytes())
     takes = "any multiple of 32 (not for OpenCV 4)" if args.dynamic else f"{by(size)} ({geometry})"
@@ -227,14 +220,10 @@ def score(args, model, file, size, geometry, image):
     """What int8 costs, in words: size, distance from PyTorch, and metrics on --data's val split."""
     predict, config = load_predictor(file)
     distance = (predict(image) - model(image)).abs().mean()
-    words = f"{file.stat().st_size / 2**20:.1f} MiB, {distance:.4f} m from PyTorch"
-    if args.images:
-        return words
-    dataset = data.open_dataset(args.data, "val", None, geometry=geometry, depth_scale=args.depth_scale)
-    predict_frames = at_training_scale(predict, config, size, geometry)
-    loader = torch.utils.data.DataLoader(dataset)
-    result, _ = evaluate(predict_frames, loader, config["max_depth"], grid=(size, geometry))
-    return words + f", rmse {result['rmse']:.4f}, d1 {result['d1']:.4f} on {result['images']} images"
+    dataset = data.open_dataset(args.data, "val", size, geometry=geometry, depth_scale=args.depth_scale)
+    result, _ = evaluate(predict, torch.utils.data.DataLoader(dataset), config["max_depth"])
+    return (f"{file.stat().st_size / 2**20:.1f} MiB, {distance:.4f} m from PyTorch, "
+            f"rmse {result['rmse']:.4f}, d1 {result['d1']:.4f} on {result['images']} images")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -67,11 +67,11 @@ def upsample2x(x, mode="nearest"):
 #    row       stride  full  pruned  skip       output at 224x224
 MOBILENET = (
     ("stem",      2,     32,    16,  ""),      # 112 x 112
-    ("block1",    1,     64,    56,  "1/2"),   # 112 x 112  --> skip to decode4
+    ("block1",    1,     64,    56,  "1/2"),   # 112 x 112  --> skip after decode4
     ("block2",    2,    128,    88,  ""),      #  56 x 56
-    ("block3",    1,    128,   120,  "1/4"),   #  56 x 56   --> skip to decode3
+    ("block3",    1,    128,   120,  "1/4"),   #  56 x 56   --> skip after decode3
     ("block4",    2,    256,   144,  ""),      #  28 x 28
-    ("block5",    1,    256,   256,  "1/8"),   #  28 x 28   --> skip to decode2
+    ("block5",    1,    256,   256,  "1/8"),   #  28 x 28   --> skip after decode2
     ("block6",    2,    512,   408,  ""),      #  14 x 14
     ("block7",    1,    512,   376,  ""),      #  14 x 14
     ("block8",    1,    512,   272,  ""),      #  14 x 14
@@ -88,35 +88,44 @@ NNCONV5_FULL   = (    512,     256,     128,      64,      32)
 NNCONV5_PRUNED = (    200,     256,     120,      56,      16)
 
 
-class MobileNet(nn.Module):
-    """Howard et al. 2017: MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications.
+class Encoder(nn.Module):
+    """Layers that run one after another. Returns the outputs of those marked as skips, the largest first."""
 
-    Takes RGB in [0, 1] without mean and standard deviation, as FastDepth does. Returns the feature maps of
-    the rows that are marked as skips, from the largest to the smallest; `channels` states their channels.
-    """
-
-    def __init__(self, table=MOBILENET, pruned=False, activation=nn.ReLU6):
+    def __init__(self):
         super().__init__()
         self.layers = nn.ModuleDict()
         self.skips = []
-        self.channels = []
-        cin = 3
-        for row, stride, *widths, skip in table:
-            cout = widths[1] if pruned else widths[0]
-            block = separable if row.startswith("block") else conv_bn_act
-            self.layers[row] = block(cin, cout, 3, stride, activation=activation)
-            if skip:
-                self.skips.append(row)
-                self.channels.append(cout)
-            cin = cout
+        self.channels = []  # of the outputs that are returned
+
+    def add(self, row, layer, channels, skip):
+        self.layers[row] = layer
+        if skip:
+            self.skips.append(row)
+            self.channels.append(channels)
 
     def forward(self, x):
         features = []
         for row, layer in self.layers.items():
-            x = layer(x)  # (B, out, H/stride, W/stride)
+            x = layer(x)
             if row in self.skips:
                 features.append(x)
         return features
+
+
+class MobileNet(Encoder):
+    """Howard et al. 2017: MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications.
+
+    Takes RGB in [0, 1], not normalised by mean and standard deviation, as in FastDepth.
+    """
+
+    def __init__(self, table=MOBILENET, pruned=False, activation=nn.ReLU6):
+        super().__init__()
+        cin = 3
+        for row, stride, *widths, skip in table:
+            cout = widths[1] if pruned else widths[0]  # the layer table below has one width
+            block = separable if row.startswith("block") else conv_bn_act
+            self.add(row, block(cin, cout, 3, stride, activation=activation), cout, skip)
+            cin = cout
 
 
 class NNConv5(nn.Module):
@@ -158,14 +167,14 @@ class NNConv5(nn.Module):
         return x
 
     def forward(self, features):
-        x2, x4, x8, _, x = features                              # x (B, 1024, H/32, W/32)
+        skip2, skip4, skip8, _, x = features                     # x (B, 1024, H/32, W/32)
         x = upsample2x(self.decode1(x))                          #   (B,  512, H/16, W/16)
-        x = self.fuse_skip(upsample2x(self.decode2(x)), x8)      #   (B,  256, H/8, W/8)
-        x = self.fuse_skip(upsample2x(self.decode3(x)), x4)      #   (B,  128, H/4, W/4)
-        x = self.fuse_skip(upsample2x(self.decode4(x)), x2)      #   (B,   64, H/2, W/2)
-        # Paper and official code: x2, then the head. Here: the head, then x2. A 1x1 convolution, its batch
-        # norm and its ReLU commute with a nearest x2: the same numbers for a quarter of the head's work,
-        # without the largest feature map. (Only the running variance's n/(n-1) differs, in training.)
+        x = self.fuse_skip(upsample2x(self.decode2(x)), skip8)   #   (B,  256, H/8, W/8)
+        x = self.fuse_skip(upsample2x(self.decode3(x)), skip4)   #   (B,  128, H/4, W/4)
+        x = self.fuse_skip(upsample2x(self.decode4(x)), skip2)   #   (B,   64, H/2, W/2)
+        # Paper and official code: upsample, then the head. Here: the head, then upsample. The head sees one
+        # pixel at a time and nearest x2 only copies pixels, so the output is the same, for a quarter of the
+        # head's work. (In training only the head's running variance differs, by its factor n / (n - 1).)
         return upsample2x(self.head(self.decode5(x)))            #   (B,    1, H, W)
 
 
@@ -214,10 +223,8 @@ class DepthHead(nn.Module):
 class DepthNet(nn.Module):
     """An encoder and a decoder: image (B, 3, H, W) -> metres (B, 1, H/s, W/s), s = output_stride.
 
-    Weights start as PyTorch draws them (uniform, variance 1 / (3 fan_in)), but for the head's offset. So do
-    those of the official decoder, whose own initialisation is never applied. Under batch norm the size of
-    weights only sets how fast they turn: after 6 epochs on rooms, SGD at 0.05, RMSE was 0.76 of the
-    mean-depth baseline's with this and 0.84 with He's normal of fan_out.
+    Weights start from PyTorch's default, except the head's offset. So do the official decoder's, because
+    its own initialisation is never applied.
     """
 
     def __init__(self, encoder, decoder):
@@ -237,9 +244,8 @@ class DepthNet(nn.Module):
 # Relatives: of each its table, its encoder, its decoder
 # ------------------------------------------------------------------------------------------------------------
 
-# The layer table: this project's own, ReLU throughout. It has strides in blocks 1, 3, 5 and 12, where
-# FastDepth has them in 2, 4, 6 and 12; so it has two feature maps at 1/4 and only the stem's at 1/2.
-# MobileNet above expands the encoder's rows.
+# The layer table: this project's own, ReLU throughout. Blocks 1, 3, 5 have the stride of FastDepth's 2, 4, 6,
+# so two feature maps are at 1/4 and only the first layer's is at 1/2. MobileNet builds the encoder from it.
 #    row       stride   out  skip       output at 224x224
 LAYER_TABLE_ENCODER = (
     ("initial",   2,     32,  "1/2"),   # 112 x 112  --> iconv1, upsampled
@@ -275,23 +281,17 @@ LAYER_TABLE_DECODER = (
 
 
 class LayerTableDecoder(nn.Module):
-    """The second half of the layer table. Takes six feature maps, two of them at 1/4."""
+    """The second half of the layer table. Takes six feature maps; their `channels` are those of the rows."""
     output_stride = 1
 
     def __init__(self, channels, output="linear", max_depth=10.0):
         super().__init__()
         self.layers = nn.ModuleDict()
         for row, cin, cout in LAYER_TABLE_DECODER:
+            layer = DepthHead(cin, 1, output, max_depth) if row == "depth" else conv_bn_act(cin, cout, 3)
             if row.startswith("upconv"):
-                self.layers[row] = nn.Sequential(OrderedDict(
-                    conv=nn.ConvTranspose2d(cin, cout, 3, 2, padding=1, output_padding=1, bias=False),
-                    bn=nn.BatchNorm2d(cout),
-                    act=nn.ReLU(inplace=True),
-                ))
-            elif row.startswith("iconv"):
-                self.layers[row] = conv_bn_act(cin, cout, 3)
-            else:
-                self.layers[row] = DepthHead(cin, 1, output, max_depth)
+                layer.conv = nn.ConvTranspose2d(cin, cout, 3, 2, padding=1, output_padding=1, bias=False)
+            self.layers[row] = layer
 
     def forward(self, features):
         initial, block1, block2, block4, block11, x = features
@@ -304,11 +304,8 @@ class LayerTableDecoder(nn.Module):
         return self.layers["depth"](x)                                    # (B, 1, H, W)
 
 
-class ImageNetEncoder(nn.Module):
-    """What the other encoders share: the input scale of torchvision's weights, and layers one after another.
-
-    forward returns the feature maps of the layers marked as skips; `channels` states their channels.
-    """
+class ImageNetEncoder(Encoder):
+    """An encoder that first normalises RGB in [0, 1] as torchvision's ImageNet weights expect it."""
 
     def __init__(self):
         super().__init__()
@@ -316,34 +313,18 @@ class ImageNetEncoder(nn.Module):
         std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)  # constants, so not in the state dict
         self.register_buffer("std", std, persistent=False)
-        self.layers = nn.ModuleDict()
-        self.skips = []
-        self.channels = []
-
-    def add(self, row, layer, channels, skip):
-        """Append a layer, whose output is a skip if `skip` is not empty."""
-        self.layers[row] = layer
-        if skip:
-            self.skips.append(row)
-            self.channels.append(channels)
 
     def forward(self, image):
-        x = (image - self.mean) / self.std
-        features = []
-        for row, layer in self.layers.items():
-            x = layer(x)
-            if row in self.skips:
-                features.append(x)
-        return features
+        return super().forward((image - self.mean) / self.std)
 
 
 # MobileNetV2 without its last layer, which is for classes. t expands the channels inside a block, c of them
 # leave, n blocks follow each other, and s is the stride of the first. The decoder is FastDepth's.
 #    row        t     c    n    s    skip      output at 224x224
 MOBILENET_V2 = (
-    ("stage1",  1,   16,   1,   1,  "1/2"),   # 112 x 112  --> skip to decode4
-    ("stage2",  6,   24,   2,   2,  "1/4"),   #  56 x 56   --> skip to decode3
-    ("stage3",  6,   32,   3,   2,  "1/8"),   #  28 x 28   --> skip to decode2
+    ("stage1",  1,   16,   1,   1,  "1/2"),   # 112 x 112  --> skip after decode4
+    ("stage2",  6,   24,   2,   2,  "1/4"),   #  56 x 56   --> skip after decode3
+    ("stage3",  6,   32,   3,   2,  "1/8"),   #  28 x 28   --> skip after decode2
     ("stage4",  6,   64,   4,   2,  ""),      #  14 x 14
     ("stage5",  6,   96,   3,   1,  "1/16"),  #  14 x 14
     ("stage6",  6,  160,   3,   2,  ""),      #   7 x 7
@@ -475,23 +456,22 @@ class DenseDepthDecoder(nn.Module):
         )
 
     def forward(self, features):
-        x2, x4, x8, x16, x = features
+        skip2, skip4, skip8, skip16, x = features
         x = self.bottom(F.relu(x))                                           # (B, 1664, H/32, W/32)
-        x = self.up1(torch.cat([upsample2x(x, "bilinear"), x16], 1))         # (B,  832, H/16, W/16)
-        x = self.up2(torch.cat([upsample2x(x, "bilinear"), x8], 1))          # (B,  416, H/8, W/8)
-        x = self.up3(torch.cat([upsample2x(x, "bilinear"), x4], 1))          # (B,  208, H/4, W/4)
-        x = self.up4(torch.cat([upsample2x(x, "bilinear"), x2], 1))          # (B,  104, H/2, W/2)
+        x = self.up1(torch.cat([upsample2x(x, "bilinear"), skip16], 1))      # (B,  832, H/16, W/16)
+        x = self.up2(torch.cat([upsample2x(x, "bilinear"), skip8], 1))       # (B,  416, H/8, W/8)
+        x = self.up3(torch.cat([upsample2x(x, "bilinear"), skip4], 1))       # (B,  208, H/4, W/4)
+        x = self.up4(torch.cat([upsample2x(x, "bilinear"), skip2], 1))       # (B,  104, H/2, W/2)
         return self.head(x)                                                  # (B,    1, H/2, W/2)
 
 
-# ResNet-101: bottleneck blocks. The stride is in the first block's 3x3 convolution, as in torchvision; the
-# paper has it in the first 1x1.
-#    row      blocks  stride  inside   out       output at 480x640
+# ResNet-101. Paper: the stride of a layer in its first 1x1 convolution. Here, as in torchvision: in its 3x3.
+#    row      blocks  stride  inside   out  skip       output at 480x640
 RESNET101 = (
-    ("layer1",   3,     1,      64,    256),  # 120 x 160  --> lateral2
-    ("layer2",   4,     2,     128,    512),  #  60 x 80   --> lateral3
-    ("layer3",  23,     2,     256,   1024),  #  30 x 40   --> lateral4
-    ("layer4",   3,     2,     512,   2048),  #  15 x 20   --> lateral5
+    ("layer1",   3,     1,      64,    256, "1/4"),   # 120 x 160  --> lateral2
+    ("layer2",   4,     2,     128,    512, "1/8"),   #  60 x 80   --> lateral3
+    ("layer3",  23,     2,     256,   1024, "1/16"),  #  30 x 40   --> lateral4
+    ("layer4",   3,     2,     512,   2048, "1/32"),  #  15 x 20   --> lateral5
 )
 
 
@@ -519,17 +499,17 @@ class ResNet101(ImageNetEncoder):
         self.add("stem", conv_bn_act(3, 64, 7, 2), 64, skip="1/2")
         self.add("pool", nn.MaxPool2d(3, 2, padding=1), 64, skip="")
         cin = 64
-        for row, blocks, stride, inside, cout in RESNET101:
+        for row, blocks, stride, inside, cout, skip in RESNET101:
             first = Bottleneck(cin, inside, cout, stride)
             rest = [Bottleneck(cout, inside, cout, 1) for _ in range(blocks - 1)]
-            self.add(row, nn.Sequential(first, *rest), cout, skip=row)
+            self.add(row, nn.Sequential(first, *rest), cout, skip)
             cin = cout
 
 
 class FeaturePyramid(nn.Module):
     """Lin et al. 2017: Feature Pyramid Networks for Object Detection, with a head that reads depth at 1/4.
 
-    Paper: nearest x2, and only finished sums are smoothed. Here: bilinear, and each sum is smoothed at once.
+    Paper: nearest x2; the sums go on unsmoothed. Here: bilinear x2; each sum is smoothed before it goes on.
     """
     output_stride = 4
 
@@ -563,41 +543,37 @@ class FeaturePyramid(nn.Module):
 SMALL = dict(size=(224, 224), geometry="fastdepth")
 LARGE = dict(size=(480, 640), geometry="full")
 MODELS = {
-    "fastdepth": dict(
-        encoder=MobileNet, decoder=NNConv5, output="relu", options=("conv", "skip"), **SMALL),
+    "fastdepth": dict(encoder=MobileNet, decoder=NNConv5, options=("conv", "skip"), **SMALL),
     "fastdepth-pruned": dict(
         encoder=partial(MobileNet, pruned=True), decoder=partial(NNConv5, widths=NNCONV5_PRUNED),
-        output="relu", options=("conv", "skip"), **SMALL),
+        options=("conv", "skip"), **SMALL),
     "fastdepth-table": dict(
         encoder=partial(MobileNet, LAYER_TABLE_ENCODER, activation=nn.ReLU), decoder=LayerTableDecoder,
-        output="linear", options=(), **SMALL),
+        options=(), **SMALL),
     "mobilenetv2-nnconv5": dict(
-        encoder=MobileNetV2, decoder=partial(NNConv5, widths=NNCONV5_V2),
-        output="relu", options=("conv", "skip"), **SMALL),
-    "densedepth": dict(
-        encoder=DenseNet169, decoder=DenseDepthDecoder, output="reciprocal", options=(), **LARGE),
-    "fpn": dict(
-        encoder=ResNet101, decoder=FeaturePyramid, output="relu", options=(), **LARGE),
+        encoder=MobileNetV2, decoder=partial(NNConv5, widths=NNCONV5_V2), options=("conv", "skip"), **SMALL),
+    "densedepth": dict(encoder=DenseNet169, decoder=DenseDepthDecoder, options=(), **LARGE),
+    "fpn": dict(encoder=ResNet101, decoder=FeaturePyramid, options=(), **LARGE),
 }
 
 
-def build_model(name, max_depth=10.0, output=None, **options):
+def build_model(name, max_depth=10.0, **options):
     """A freshly initialised network of MODELS. ModelError for an unknown name, option or value.
 
     max_depth: metres, for the outputs that are bounded by it.
-    output: replaces the network's last activation, see DepthHead.
-    options: of the decoder, such as conv="dense" or skip="none" for FastDepth's ablations.
+    options: of the decoder: output (see DepthHead), and of NNConv5 also conv and skip.
     """
     if name not in MODELS:
         raise ModelError(f"unknown network {name!r}: choose one of {', '.join(MODELS)}")
     spec = MODELS[name]
     allowed = (*spec["options"], "output")
-    if unknown := [option for option in options if option not in allowed]:
-        raise ModelError(f"{name} has no option {unknown[0]!r}, only {', '.join(allowed)}")
+    for option in options:
+        if option not in allowed:
+            raise ModelError(f"{name} has no option {option!r}, only {', '.join(allowed)}")
     if not 0 < max_depth < math.inf:
         raise ModelError(f"max_depth must be a number of metres above 0, not {max_depth}")
     encoder = spec["encoder"]()
-    decoder = spec["decoder"](encoder.channels, output or spec["output"], max_depth, **options)
+    decoder = spec["decoder"](encoder.channels, max_depth=max_depth, **options)
     return DepthNet(encoder, decoder)
 
 
@@ -606,26 +582,8 @@ def build_model(name, max_depth=10.0, output=None, **options):
 # ------------------------------------------------------------------------------------------------------------
 
 
-class StandIn:
-    """What a pickled object of somebody's class becomes here: its attributes, and none of its code."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-    def state_dict(self, prefix=""):
-        """As nn.Module.state_dict, in the same order, if the object was a module."""
-        tensors = {prefix + name: tensor for name, tensor in (self._parameters | self._buffers).items()}
-        state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        for name, child in self._modules.items():
-            state |= child.state_dict(f"{prefix}{name}.")
-        return state
-
-
 class StandInUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, makes modules of known packages StandIns, and refuses everything else."""
+    """Rebuilds tensors, gives modules of known packages an empty class, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
     TENSORS = (
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
@@ -636,10 +594,10 @@ class StandInUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         """pickle calls this for every class and function that a file names."""
-        if f"{module}.{name}" in self.TENSORS or (module == "torch" and name.endswith("Storage")):
+        if f"{module}.{name}" in self.TENSORS:
             return super().find_class(module, name)
         if module.startswith(self.CLASSES):
-            return type(name, (StandIn,), {})
+            return type(name, (nn.Module,), {})  # its objects get the file's attributes, and none of its code
         raise pickle.UnpicklingError(f"it names {module}.{name}, no tensor or module; nothing was run")
 
 
@@ -658,7 +616,7 @@ def one_line(error):
 
 
 def read_file(file):
-    """What torch.save wrote, on the CPU, without running any code in it; pickled modules come as StandIns.
+    """What torch.save wrote, on the CPU. No code in it is run; a pickled module comes as an empty nn.Module.
 
     The one place that calls torch.load. ModelError names the file if it is missing, cut off or refused.
     """
@@ -679,17 +637,17 @@ def read_file(file):
 
 
 def state_dict_of(saved):
-    """{name: tensor} of a state dict, alone or under "state_dict", or of a StandIn of a module."""
-    if isinstance(saved, StandIn):
-        try:
+    """{name: tensor} of a state dict, alone or under "state_dict", or of a pickled module."""
+    try:
+        if isinstance(saved, nn.Module):
             saved = saved.state_dict()
-        except (AttributeError, TypeError, RecursionError):
-            raise ModelError("a pickled object that is no module of PyTorch's") from None
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    tensors = state.values() if isinstance(state, dict) else []
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise ModelError("it holds no weights: neither a state dict nor a module")
-    return {str(name): tensor for name, tensor in state.items()}
+        state = saved.get("state_dict", saved)
+        tensors = {str(name): tensor for name, tensor in state.items()}
+    except (AttributeError, TypeError, RecursionError):  # of whatever else a file may hold
+        tensors = {}
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError("it holds no weights: no state dict and no module")
+    return tensors
 
 
 def load_by_order(module, state, unused=()):
@@ -752,16 +710,15 @@ def load_published(saved):
     module = saved.get("model") if isinstance(saved, dict) else saved
     kind = type(module).__name__
     skips = dict(MobileNetSkipAdd="add", MobileNetSkipConcat="concat", MobileNet="none")
-    if not isinstance(module, StandIn) or kind not in skips:
+    if not isinstance(module, nn.Module) or kind not in skips:
         raise ModelError(f"neither a checkpoint of train.py nor a published FastDepth, but {kind}")
     state = state_dict_of(module)
-    stem = next(iter(state.values()))
+    stem = next(iter(state.values()))  # (filters, 3, 3, 3)
     name = "fastdepth-pruned" if len(stem) == 16 else "fastdepth"
     options = dict(skip=skips[kind]) if skips[kind] != "add" else {}
     model = build_model(name, **options)
     load_by_order(model, state)
-    return model, dict(model=name, options=options, size=(224, 224), geometry="fastdepth", max_depth=10.0,
-                       frame=(480, 640))
+    return model, dict(model=name, options=options, max_depth=10.0, frame=(480, 640), **SMALL)
 
 
 # Encoder -> torchvision's file, if it has one, and what an ImageNet file holds beyond the encoder.
@@ -815,7 +772,7 @@ def layers(model, height=224, width=224):
     rows = []
 
     def note(name, conv, inputs, output):
-        """Record one convolution as it runs. Each weight is used once per pixel of its grid."""
+        """Record a convolution. Each weight is used once per output pixel; if transposed, per input pixel."""
         grid = inputs[0] if isinstance(conv, nn.ConvTranspose2d) else output
         weights = conv.weight.numel()
         rows.append((name, tuple(output.shape[1:]), weights, grid[0, 0].numel() * weights))
@@ -829,10 +786,9 @@ def layers(model, height=224, width=224):
 
 
 def count(model, height=224, width=224):
-    """dict(parameters, conv_weights, macs) for one height x width image.
+    """dict(parameters, conv_weights, macs) for one image; macs are multiply-accumulates, as in `layers`.
 
-    conv_weights leaves out biases and batch norm, as FastDepth's figures do. macs are the
-    multiply-accumulates of the convolutions as they run here: NNConv5's head before the last x2.
+    conv_weights leaves out biases and batch norm, as FastDepth's figures do.
     """
     rows = layers(model, height, width)
     return dict(
@@ -881,13 +837,11 @@ def main():
 
 def use_fast_depthwise_gradient(model):
     """Make every plain depthwise convolution a FastDepthwise, in place. Call it before compile and DDP."""
-    for module in model.modules():
-        if type(module) is not nn.Conv2d:
-            continue
-        depthwise = module.groups == module.in_channels == module.out_channels
-        zeros = module.padding_mode == "zeros" and isinstance(module.padding, tuple)  # not "same"
-        if depthwise and zeros and module.dilation == (1, 1) and module.bias is None:
-            module.__class__ = FastDepthwise
+    for conv in [module for module in model.modules() if type(module) is nn.Conv2d]:
+        depthwise = conv.groups == conv.in_channels == conv.out_channels
+        zeros = conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)  # not "same"
+        if depthwise and zeros and conv.dilation == (1, 1) and conv.bias is None:
+            conv.__class__ = FastDepthwise
 
 
 class FastDepthwise(nn.Conv2d):
@@ -921,9 +875,7 @@ class DepthwiseGradient(torch.autograd.Function):
 
         # Of x. In bfloat16 the kernel for stride 2 is slow, and the one for float32 is not.
         dtype = x.dtype if stride == (1, 1) else torch.promote_types(x.dtype, torch.float32)
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            grad.to(dtype), x.to(dtype), weight.to(dtype), None, stride, padding, (1, 1), False, (0, 0),
-            channels, (True, False, False))
+        grad_x = conv2d_input(x.shape, weight.to(dtype), grad.to(dtype), stride, padding, groups=channels)
 
         # Of the weight. The kernel for 3x3 is fast and the one for 5x5 is not. Each 3x3 corner of a 5x5
         # gradient is that of a 3x3 convolution over x moved to that corner, and the four corners cover it.

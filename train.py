@@ -2,16 +2,17 @@
 
     python train.py --epochs 10                       # renders rooms on first use; needs no download
     python train.py --epochs 10 --data nyu            # any data set that data.py knows
-    python train.py --resume runs/fastdepth-1         # go on after Ctrl-C; on a CPU to the last bit
-    torchrun --nproc_per_node=2 train.py --data nyu   # a process per GPU, each with its share of every batch
+    python train.py --resume runs/fastdepth-1         # resume, also after Ctrl-C; bit for bit on a CPU
+    torchrun --nproc_per_node=2 train.py --data nyu   # one process per GPU; each gets a share of every batch
 
 Loss, optimizer and batch size are those of FastDepth's published recipe: L1, SGD with momentum 0.9 and weight
-decay 1e-4, 8 images a batch. Learning rate, schedule and augmentation were chosen by measurement
-(docs/results.md). Written to --out: last.pt after every epoch, best.pt after each with the lowest validation
-RMSE so far, log.csv, curves.png, and samples.png at the end.
+decay 1e-4, 8 images per batch. Learning rate, schedule and augmentation were chosen by measurement
+(docs/results.md). Every epoch writes last.pt, log.csv and curves.png to --out, and best.pt if its
+validation RMSE is the lowest so far. samples.png follows at the end.
 """
 import argparse
 import copy
+import importlib.util
 import io
 import itertools
 import math
@@ -22,11 +23,12 @@ import sys
 import time
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
+if __name__ == "__main__":  # no traceback on Ctrl-C during the slow imports below
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -34,11 +36,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import data
 from data import UserError, open_dataset, positive, valid_mask, whole_file
-from eval import evaluate, mean_depth_baseline, sample_sheet
+from eval import by, evaluate, mean_depth_baseline, sample_sheet
 from loss import LOSSES, make_loss
 from model import (FORMAT, MODELS, ModelError, build_model, count, load_encoder, load_model, read_file,
                    use_fast_depthwise_gradient)
@@ -49,10 +52,10 @@ from model import (FORMAT, MODELS, ModelError, build_model, count, load_encoder,
 
 
 def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer, scaler, scheduler):
-    """Show the network every training image once; returns the mean loss of the batches."""
+    """Train on every image once; returns the mean loss of the batches."""
     network.train()
     start = time.time()
-    check_every = 1 if args.device == "cpu" else 20  # to look at a loss is to wait for the device
+    check_every = 1 if args.device == "cpu" else 20  # reading a loss waits for the device
     unchecked = []
     total = 0.0
     for step, (image, depth, index) in enumerate(loader, 1):  # (B, 3, H, W) in [0, 1]; (B, 1, H, W) metres
@@ -84,22 +87,29 @@ def main(argv=None):
     """Train as the flags say; returns the metrics of the epoch with the lowest validation RMSE."""
     args, saved = parse(argv)
     rank, ranks = join_processes(args)
-    with run_folder(args, saved, rank) as out:
+    with run_folder(args, saved) if rank == 0 else nullcontext() as out:
         torch.manual_seed(args.seed)
         train_set, val_loader = open_data(args, rank)
-        model = make_model(args).to(args.device, memory_format=torch.channels_last)
+        model = make_model(args, saved).to(args.device, memory_format=torch.channels_last)
         use_fast_depthwise_gradient(model)
-        network = DistributedDataParallel(model) if ranks > 1 else model  # averages the gradients of all
+        network = DistributedDataParallel(model) if ranks > 1 else model  # averages gradients
         network = torch.compile(network) if args.compile else network
         kind = torch.device(args.device).type
         autocast = torch.autocast(kind, AMP[args.amp], enabled=args.amp != "none")
-        scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")  # else it does nothing
+        scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")  # otherwise a no-op
         criterion = make_loss(args.loss, args.max_depth)
-        optimizer = make_optimizer(args, model)
-        history = restore(args, saved, model, optimizer, scaler) if saved else []
-        scheduler = make_scheduler(args, saved, optimizer, steps=len(train_set) // args.batch_size)
+        make_optimizer = OPTIMIZERS[args.optimizer]
+        optimizer = make_optimizer(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        history = []
+        if saved:
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            history = saved["history"]
+        scheduler = make_scheduler(args, history, optimizer, steps=len(train_set) // args.batch_size)
         if rank == 0:  # the process that prints, validates and writes
             baseline = show_plan(args, out, history, model, train_set, val_loader, ranks)
+            if history:
+                log(out, args, history, baseline)  # again, in case the run was killed before it
 
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.time()
@@ -112,7 +122,7 @@ def main(argv=None):
                 scheduler.step(result["rmse"])
             history.append(dict(epoch=epoch, lr=lr, loss=loss, **result, seconds=time.time() - start))
             if rank == 0:
-                save(out, args, train_set, history, model, optimizer, scaler, scheduler)
+                save(out, args, train_set, history, model, optimizer, scaler)
                 log(out, args, history, baseline)
 
         if rank == 0:
@@ -126,12 +136,13 @@ def main(argv=None):
 # Flags
 # ------------------------------------------------------------------------------------------------------------
 
-# By measurement, for SGD. densedepth and fpn have no batch norm in the decoder: 0.05 diverges there.
+# Measured with SGD. densedepth and fpn have no batch norm in the decoder and diverge at 0.05.
 LEARNING_RATES = dict.fromkeys(MODELS, 0.05) | {"densedepth": 0.005, "fpn": 0.005}
 ADAM = 0.02  # Adam's learning rate / SGD's
 
-# A preset: network -> defaults of the flags that are not given. FastDepth's relatives take its published
-# recipe. FPN was published for detection: SGD in steps is that paper's, the learning rate the one from above.
+# preset -> network -> defaults for flags that are not given. FastDepth's relatives take its published
+# recipe. FPN was published for detection: SGD and the step schedule are its paper's; its learning rate is the
+# one above.
 FASTDEPTH = dict(optimizer="sgd", lr=0.01, batch_size=8, schedule="step", loss="l1", augment="paper")
 DENSEDEPTH = dict(optimizer="adam", lr=1e-4, weight_decay=0, batch_size=8, schedule="none", loss="densedepth")
 PRESETS = {
@@ -139,8 +150,11 @@ PRESETS = {
     "best": dict.fromkeys(MODELS, dict(optimizer="adam", schedule="cosine", augment="camera")),
 }
 
+# Adam adds weight decay to the gradient, AdamW shrinks the weights.
+OPTIMIZERS = {"sgd": partial(SGD, momentum=0.9), "adam": Adam, "adamw": AdamW}
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-START = ("preset", "out", "resume", "init", "pretrained", "encoder_weights")  # flags of a start, not of a run
+MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "compile", "threads", "workers",
+              "tensorboard")  # on --resume
 
 
 def make_flags():
@@ -151,16 +165,15 @@ def make_flags():
     # data
     add("--data", default="rooms", help="a data set, or rooms:N; the default is rendered on first use")
     add("--depth-scale", type=positive(float), default=1000.0, help="16-bit depth / this = metres; KITTI 256")
-    add("--max-depth", type=positive(float), default=10.0, help="metres; deeper never counts; KITTI 80")
-    add("--augment", default="flip", choices=data.AUGMENTS, help="random changes: see data.DepthDataset")
+    add("--max-depth", type=positive(float), default=10.0, help="metres; deeper is ignored (KITTI: 80)")
+    add("--augment", default="flip", choices=data.AUGMENTS, help="augmentation, see data.DepthDataset")
     add("--limit", type=positive(int), metavar="N", help="use only N samples of each split: a smoke run")
     add("--workers", type=data.workers, default=0, metavar="N", help="processes that read images")
     # network
     add("--model", default="fastdepth", choices=MODELS, help="see model.py")
-    add("--options", nargs="*", type=key_value, metavar="KEY=VALUE",
-        help="of build_model: skip=none conv=dense")
+    add("--options", nargs="*", type=key_value, metavar="KEY=VALUE", help="of the decoder, such as skip=none")
     add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
-        help="of training (default: the network's, but 128 128 for the default rooms without --preset paper)")
+        help="of training (default: the network's; 128 128 for the default rooms, but with --preset paper)")
     add("--geometry", choices=data.GEOMETRIES, help="how a frame becomes that size (default: the network's)")
     weights = parser.add_mutually_exclusive_group().add_argument
     weights("--init", metavar="FILE", help="start from a checkpoint, or a file of FastDepth's authors")
@@ -168,27 +181,25 @@ def make_flags():
     weights("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
     add("--loss", default="l1", choices=LOSSES, help="see loss.py")
-    add("--epochs", type=positive(int), default=10, help="in all, those before a --resume included")
-    add("--batch-size", type=positive(int), default=8, help="images of a step, of all processes together")
-    add("--optimizer", default="sgd", choices=("sgd", "adam", "adamw"),
-        help="torch's: its Adam adds weight decay to the gradient, AdamW shrinks the weights")
+    add("--epochs", type=positive(int), default=10, help="in total, including those before --resume")
+    add("--batch-size", type=positive(int), default=8, help="images per step, over all processes")
+    add("--optimizer", default="sgd", choices=OPTIMIZERS, help="torch's; sgd has momentum 0.9")
     add("--lr", type=positive(float), help="learning rate (default: the preset's, else train.LEARNING_RATES)")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=1e-4, help="pull of the weights towards 0")
+    add("--weight-decay", type=float, default=1e-4, help="pulls the weights towards 0")
     add("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
-        help="plateau: lower where the validation RMSE stays; step: a tenth every 5 epochs; cosine: to 0")
-    add("--clip", type=positive(float), metavar="NORM", help="largest norm of the gradient")
+        help="plateau: lower when validation RMSE stops falling; step: a tenth every 5 epochs; cosine: to 0")
+    add("--clip", type=positive(float), metavar="NORM", help="clip the gradient to this norm")
     # machine
-    add("--device", default=default_device(), help="cpu, cuda, cuda:1 or mps")
-    add("--amp", choices=AMP, help="autocast (default: bf16 where the processor computes it)")
+    fastest = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    add("--device", default=fastest, help="cpu, cuda, cuda:1 or mps")
+    add("--amp", choices=AMP, help="autocast (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    add("--threads", type=data.non_negative, default=0, metavar="N", help="of the CPU; 0: as PyTorch chooses")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--threads", type=data.non_negative, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
+    add("--seed", type=int, default=0, help="for weights, order and augmentation")
     # results
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
-    add("--resume", metavar="DIR", help="go on from DIR/last.pt with its flags, or those given here")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-        help="write for TensorBoard too, into --out")
+    add("--resume", metavar="DIR", help="continue the run in DIR with its flags; some may change")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard too")
     return parser
 
 
@@ -196,15 +207,8 @@ def key_value(text):
     """The argparse type of one of --options."""
     key, equals, value = text.partition("=")
     if not equals or key in ("name", "max_depth"):  # arguments of build_model that are flags of their own
-        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, as skip=none; got {text}")
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as skip=none; got {text}")
     return key, value
-
-
-def default_device():
-    """The fastest device that PyTorch finds."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def computes_bf16(device):
@@ -216,22 +220,20 @@ def computes_bf16(device):
 
 
 def parse(argv):
-    """-> the flags, and the checkpoint to go on from or None."""
+    """The flags, and the checkpoint to resume from or None."""
     parser = make_flags()
     args = parser.parse_args(argv)
-    saved = load_run(args) if args.resume else None
+    saved = load_run(Path(args.resume) / "last.pt") if args.resume else None
     if saved:
         parser.set_defaults(**saved["args"])
     elif args.preset:
         parser.set_defaults(**PRESETS[args.preset][args.model])
-    args = parser.parse_args(argv)  # again: what is given now wins
+    args = parser.parse_args(argv)  # again: flags on the command line override these defaults
 
     if not args.size:
         small = args.data == "rooms" and args.preset != "paper"
         args.size = SMALL if small else MODELS[args.model]["size"]
     args.size = tuple(args.size)
-    if args.data == "rooms":
-        args.data = default_rooms((144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE)
     args.geometry = args.geometry or MODELS[args.model]["geometry"]
     args.options = dict(args.options or {})
     args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM)
@@ -240,29 +242,23 @@ def parse(argv):
     args.amp = args.amp or ("bf16" if computes_bf16(args.device) else "none")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.tensorboard:
-        summary_writer()
-    for name in ("model", "options", "optimizer"):
-        if saved and getattr(args, name) != saved["args"].get(name):
-            raise UserError(f"{args.resume}: was trained with another --{name}: start a new run to change it")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    for name, value in vars(args).items():
+        if saved and name not in MAY_CHANGE and value != saved["args"].get(name, value):
+            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: start a new run with "
+                            f"--init {args.resume}/last.pt")
     return args, saved
 
 
-def load_run(args):
+def load_run(file):
     """The checkpoint from which --resume goes on."""
-    for name in START:
-        if getattr(args, name) and name != "resume":
-            raise UserError(f"--{name.replace('_', '-')} is for a new run, not for --resume")
-    file = Path(args.resume) / "last.pt"
     load_model(file)  # its errors name the file and the cure
     saved = read_file(file)
-    parts = dict(optimizer=dict, scheduler=dict, scaler=dict, history=list, best=dict, args=dict)
-    if not (isinstance(saved, dict) and all(isinstance(saved.get(name), parts[name]) for name in parts)
-            and saved["history"]):
-        raise UserError(f"{file}: holds a network but no run to go on with: start one with --init {file}")
-    if args.lr:  # replaces also what plateau has made of the old one
-        for group in saved["optimizer"]["param_groups"]:
-            group["lr"] = args.lr
+    parts = dict(optimizer=dict, scaler=dict, history=list, args=dict)
+    if not (isinstance(saved, dict) and saved.get("history")
+            and all(isinstance(saved.get(name), kind) for name, kind in parts.items())):
+        raise UserError(f"{file}: a network without a run to resume: start a new run with --init {file}")
     return saved
 
 
@@ -271,18 +267,15 @@ def load_run(args):
 # ------------------------------------------------------------------------------------------------------------
 
 SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
-ROOMS = 4096  # of the default data
-
-
-def default_rooms(frame):
-    """The pack of the default rooms in frames of that (H, W)."""
-    return f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{frame[0]}x{frame[1]}.h5"
+ROOMS = 4096  # training rooms of the default data
 
 
 def open_data(args, rank):
     """-> the training set, and the loader of the validation images."""
-    for frame in ((144, 192), data.ROOM_SIZE):  # the first is enough for training at SMALL
-        if args.data == default_rooms(frame) and not Path(args.data).exists() and rank == 0:
+    if args.data == "rooms":
+        frame = (144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE
+        args.data = f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{by(frame)}.h5"
+        if rank == 0 and not Path(args.data).exists():
             data.write_pack(args.data, f"rooms:{ROOMS}", size=frame)
     if distributed.is_initialized():
         distributed.barrier()  # until the file is there
@@ -298,7 +291,7 @@ def open_data(args, rank):
 
 
 def make_loader(args, dataset, batch_size, order=None):
-    """Batches of (image, depth, index), in the order of the indices given or from first to last."""
+    """Batches of (image, depth, index), in the given order of indices, or from first to last."""
     return torch.utils.data.DataLoader(
         dataset, batch_size, sampler=order, num_workers=args.workers, worker_init_fn=data.worker_init,
         pin_memory=args.device.startswith("cuda"))
@@ -307,8 +300,9 @@ def make_loader(args, dataset, batch_size, order=None):
 def epoch_loader(args, epoch, dataset, rank, ranks):
     """The batches of one epoch; of several processes, each gets its share of every batch.
 
-    All that is random follows from seed and epoch, so that a resumed run draws what it would have. They are
-    mixed, not added: epoch 2 of seed 0 is not epoch 1 of seed 1. An incomplete last batch is left out.
+    Everything random follows from (seed, epoch), so a resumed run draws what an uninterrupted one would. The
+    two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1. The incomplete last batch is
+    dropped.
     """
     torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
     dataset.epoch = epoch
@@ -316,66 +310,45 @@ def epoch_loader(args, epoch, dataset, rank, ranks):
     return make_loader(args, dataset, args.batch_size // ranks, order[rank::ranks].tolist())
 
 
-def make_model(args):
-    """The network with the weights that it starts from."""
+def make_model(args, saved):
+    """The network, with the weights from which it starts or goes on."""
     model = build_model(args.model, args.max_depth, **args.options)
-    if args.init:
+    if saved:
+        model.load_state_dict(saved["weights"])
+    elif args.init:
         initial, config = load_model(args.init)
         if (config["model"], config["options"]) != (args.model, args.options):
-            options = " ".join(f"{key}={value}" for key, value in config["options"].items()) or "none"
-            raise UserError(f"{args.init}: is of --model {config['model']} with --options: {options}")
+            raise UserError(f"{args.init}: holds --model {config['model']}, options {config['options']}")
         model.load_state_dict(initial.state_dict())
-    if args.pretrained or args.encoder_weights:
+    elif args.pretrained or args.encoder_weights:
         unused = load_encoder(model, args.encoder_weights)
-        print(f"encoder   {args.encoder_weights or 'ImageNet'}; not used: {', '.join(unused) or 'nothing'}")
+        print(f"encoder   {args.encoder_weights or 'ImageNet'}; unused: {', '.join(unused) or 'none'}")
     return model
-
-
-def make_optimizer(args, model):
-    """SGD, Adam or AdamW."""
-    common = dict(params=model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(momentum=args.momentum, **common)
-    return torch.optim.Adam(**common) if args.optimizer == "adam" else torch.optim.AdamW(**common)
 
 
 PLATEAU = dict(factor=0.3, patience=0, threshold=0)  # torch's patience of 10 never acts in 10 epochs
 
 
-def make_scheduler(args, saved, optimizer, steps):
-    """plateau takes a step after each epoch, the others after each of the `steps` of an epoch.
+def make_scheduler(args, history, optimizer, steps):
+    """The scheduler after the epochs of `history`: plateau steps once an epoch, the others once a batch.
 
-    The others follow from --lr and the steps done, so nothing of them is restored, and --epochs moves the end
-    of a resumed cosine. (CosineAnnealingLR would restore the old end, and rise after it.)
+    All follow from --lr and the history, so none is saved, and --epochs moves the end of a resumed cosine.
+    (CosineAnnealingLR would restore the old end, and rise after it.)
     """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = args.lr
     if args.schedule == "plateau":
         scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
-        if saved and saved["args"]["schedule"] == "plateau":
-            scheduler.load_state_dict(saved["scheduler"])
+        for row in history:
+            scheduler.step(row["rmse"])
         return scheduler
     factors = {
         "none": lambda step: 1.0,
         "step": lambda step: 0.1 ** (step // (5 * steps)),
         "cosine": lambda step: (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2,
     }
-    for group in optimizer.param_groups:
-        group["initial_lr"] = args.lr
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # fp16 skips steps that overflow
-    done = len(saved["history"]) * steps if saved else 0
-    return LambdaLR(optimizer, factors[args.schedule], last_epoch=done - 1)
-
-
-def restore(args, saved, model, optimizer, scaler):
-    """Put a checkpoint into model, optimizer and scaler; returns its history."""
-    model.load_state_dict(saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
-    for group in optimizer.param_groups:  # flags that may have been given anew
-        group["weight_decay"] = args.weight_decay
-        if args.optimizer == "sgd":
-            group["momentum"] = args.momentum
-    if saved["scaler"]:  # empty but after --amp fp16
-        scaler.load_state_dict(saved["scaler"])
-    return saved["history"]
+    return LambdaLR(optimizer, factors[args.schedule], last_epoch=len(history) * steps - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,15 +357,15 @@ def restore(args, saved, model, optimizer, scaler):
 
 
 def join_processes(args):
-    """Meet the processes that torchrun started beside this one: -> the rank of this one, and how many."""
+    """Join the processes that torchrun started; returns this one's rank and their number."""
     rank = int(os.environ.get("RANK", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % ranks:
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {ranks} processes")
     if args.batch_size == ranks and args.size == (32, 32):
-        raise UserError(f"--batch-size {ranks} with --size 32 32 leaves batch norm one pixel: raise either")
+        raise UserError(f"--batch-size {ranks} with --size 32 32 leaves batch norm a single pixel")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # which "cuda" means from now on
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from now on "cuda" means this GPU
         torch.backends.cudnn.benchmark = True
     if ranks > 1:
         patience = timedelta(hours=6)  # of the others, while rank 0 renders rooms or validates
@@ -405,17 +378,15 @@ def join_processes(args):
 def finite_sum(unchecked, epoch, dataset):
     """The sum of the losses of (step, loss, indices), each the mean over all processes.
 
-    One that is not finite ends all processes with exit code 1; the one that read the batch names its files.
+    If one is not finite, all processes exit with code 1, and each names the files that it read.
     """
     losses = torch.stack([loss for _, loss, _ in unchecked])
     if distributed.is_initialized():
         distributed.all_reduce(losses)
         losses /= distributed.get_world_size()
     losses = losses.tolist()
-    for value, (step, loss, index) in zip(losses, unchecked):
+    for value, (step, _, index) in zip(losses, unchecked):
         if not math.isfinite(value):
-            if math.isfinite(loss):
-                sys.exit(1)
             files = ", ".join(dataset.files[i] for i in index)
             sys.exit(f"\nthe loss is {value} in epoch {epoch}, step {step}: "
                      f"lower --lr, set --clip, or look at {files}")
@@ -423,7 +394,7 @@ def finite_sum(unchecked, epoch, dataset):
 
 
 def validate(args, epoch, loader, model, rank):
-    """Metrics of the validation images, by rank 0 for all: one number must step every process's scheduler."""
+    """Validation metrics, computed by rank 0 and sent to all: every scheduler must see the same number."""
     def predict(image):
         return model(image.to(args.device, memory_format=torch.channels_last))
 
@@ -431,8 +402,6 @@ def validate(args, epoch, loader, model, rank):
     if rank == 0:
         model.eval()
         results[0], _ = evaluate(predict, loader, args.max_depth, name=f"epoch {epoch}, validation")
-        if not math.isfinite(results[0]["rmse"]):
-            raise UserError(f"epoch {epoch}, validation: the RMSE is infinite: lower --lr, or set --clip")
     if distributed.is_initialized():
         distributed.broadcast_object_list(results)
     return results[0]
@@ -444,28 +413,21 @@ def validate(args, epoch, loader, model, rank):
 
 
 @contextmanager
-def run_folder(args, saved, rank):
-    """The folder of a run. If the run stops, says how to go on; without a whole epoch, no folder remains."""
-    if rank > 0:
-        yield None
-        return
+def run_folder(args, saved):
+    """The folder of a run. If the run stops, says how to resume, or removes it before the first epoch."""
     out = Path(args.resume) if saved else claim_folder(args)
-    if saved:
-        keep_best(out, saved["history"])  # for a run killed between its two checkpoints
     try:
         yield out
-    except BaseException as error:
+    except BaseException:
         if (out / "last.pt").exists():
-            print(f"\nstopped; go on with: python train.py --resume {shlex.quote(str(out))}", flush=True)
-        elif isinstance(error, KeyboardInterrupt):
-            print("\nstopped before the first epoch was complete: nothing is kept", flush=True)
+            print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}", flush=True)
         with suppress(OSError):  # not empty
             out.rmdir()
         raise
 
 
 def claim_folder(args):
-    """Make --out, which must be new or empty, or runs/MODEL-k with the first k that no run has taken."""
+    """Make --out, which must be new or empty, or runs/MODEL-k for the first free k."""
     if args.out:
         out = Path(args.out)
         if out.exists() and not (out.is_dir() and all(".partial-" in file.name for file in out.iterdir())):
@@ -482,25 +444,23 @@ def claim_folder(args):
 def show_plan(args, out, history, model, train_set, val_loader, ranks):
     """Print what is going to happen; returns the metrics of the mean-depth baseline."""
     size = count(model, *args.size)
-    height, width = args.size
-    options = "".join(f" {key}={value}" for key, value in args.options.items())
     print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}, {ranks} processes")
     print(f"data      {args.data} ({train_set.layout}): "
           f"{len(train_set)} train, {len(val_loader.dataset)} val")
-    print(f"images    {height}x{width} ({args.geometry}), augment {args.augment}")
-    if args.size != MODELS[args.model]["size"]:
-        print("          the network's own size is --size {} {}".format(*MODELS[args.model]["size"]))
-    print(f"network   {args.model}{options}: {size['parameters']:,} parameters, "
-          f"{size['macs'] / 1e9:.3f} GMACs, output 1/{model.output_stride}")
+    own = by(MODELS[args.model]["size"])
+    print(f"images    {by(args.size)} ({args.geometry}; the network's own is {own}), augment {args.augment}")
+    print(f"network   {args.model}, options {args.options or 'none'}, output 1/{model.output_stride}; "
+          f"{size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs")
     print(f"training  {args.loss}, {args.optimizer}, lr {args.lr:g}, {args.schedule}, seed {args.seed}")
+    done = f", {len(history)} of them done" if history else ""
     print(f"          {args.epochs} epochs of {len(train_set) // args.batch_size} steps "
-          f"of {args.batch_size} images; {len(history)} epochs done")
+          f"of {args.batch_size} images{done}")
     frames = copy.copy(train_set)
     frames.augment = "none"
     mean = mean_depth_baseline(frames, args.max_depth)
     baseline, _ = evaluate(lambda image: mean.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f}: "
-          "the mean depth of each pixel, without looking")
+          "always the mean depth of each pixel")
     print(f"results   {out}\n")
     print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds", flush=True)
     return baseline
@@ -511,63 +471,42 @@ def best_of(history):
     return min(history, key=lambda row: row["rmse"])
 
 
-def save(out, args, train_set, history, model, optimizer, scaler, scheduler):
+def save(out, args, train_set, history, model, optimizer, scaler):
     """Write last.pt, and best.pt after the best epoch so far."""
     frame = train_set.read(0)[1].shape
     config = dict(model=args.model, options=args.options, size=args.size, geometry=args.geometry,
                   max_depth=args.max_depth, frame=tuple(frame))
-    memory = io.BytesIO()  # torch.save itself hides the error of a full disk
+    memory = io.BytesIO()  # torch.save would hide the error of a full disk
     torch.save(dict(
         format=FORMAT,
         config=config,
         weights=model.state_dict(),
         optimizer=optimizer.state_dict(),
-        scheduler=scheduler.state_dict() if args.schedule == "plateau" else {},
         scaler=scaler.state_dict(),
         history=history,
-        best=best_of(history),
-        args={name: value for name, value in vars(args).items() if name not in START},
+        args=vars(args),
     ), memory)
-    with whole_file(out / "last.pt") as f:
-        f.write(memory.getbuffer())
-    keep_best(out, history)
-
-
-def keep_best(out, history):
-    """Copy last.pt to best.pt if its epoch is the best."""
-    if best_of(history) is history[-1]:
-        with whole_file(out / "best.pt") as f:
-            f.write((out / "last.pt").read_bytes())
+    best = best_of(history) is history[-1]
+    for name in ["best.pt", "last.pt"] if best else ["last.pt"]:  # last: a kill in between repeats the epoch
+        with whole_file(out / name) as f:
+            f.write(memory.getbuffer())
 
 
 def log(out, args, history, baseline):
-    """The last epoch as a line, all of them as log.csv and curves.png."""
+    """Print the last epoch; write log.csv and curves.png anew, so that they are whole after a resume."""
     row = history[-1]
     print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} "
           f"{row['d1']:7.4f} {row['d2']:7.4f} {row['d3']:7.4f} {row['seconds']:8.1f}", flush=True)
-    write_record(out, history, baseline)
-    if args.tensorboard:
-        with summary_writer()(out, purge_step=row["epoch"]) as writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["epoch"])
-
-
-def summary_writer():
-    """TensorBoard's SummaryWriter, if it is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter
-
-
-def write_record(out, history, baseline):
-    """log.csv and curves.png of all epochs, written anew each time, so that they are whole after a resume."""
     lines = [",".join(history[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in history]
     with whole_file(out / "log.csv") as f:
         f.write("\n".join([*lines, ""]).encode())
     with whole_file(out / "curves.png") as f:
         draw_curves(history, baseline).save(f, "PNG")
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(out, purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def draw_curves(history, baseline):
@@ -576,24 +515,17 @@ def draw_curves(history, baseline):
     draw = ImageDraw.Draw(sheet)
     for left, name in ((60, "loss"), (420, "rmse"), (780, "d1")):
         values = [row[name] for row in history]
-        levels = [*values, baseline.get(name, values[0])]
-        low, high = min(levels), max(levels)
-        heights = [210 - 170 * (level - low) / max(high - low, 1e-9) for level in levels]
-        points = list(zip(torch.linspace(left, left + 285, len(values)).tolist(), heights))
-        if name in baseline:
-            draw.line([(left, heights[-1]), (left + 285, heights[-1])], fill="grey")
+        trivial = baseline.get(name, 0)  # there is none of the training loss
+        scale = 180 / max(*values, trivial, 1e-9)
+        points = [(left + 285 * i / len(values), 220 - scale * value) for i, value in enumerate(values, 1)]
+        draw.line([(left, 220 - scale * trivial), (left + 285, 220 - scale * trivial)], fill="grey")
         draw.line(points, fill=(182, 54, 122), width=2)
-        for x, y in points:
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
-        for corner, text in (((left, 10), f"{name}, epochs 1 to {len(values)}"),
-                             ((left - 50, 34), f"{high:.3f}"), ((left - 50, 204), f"{low:.3f}")):
-            draw.text(corner, text, fill="black")
+        draw.text((left, 10), f"{name}: {values[-1]:.3f} after {len(values)} epochs", fill="black")
     return sheet
 
 
 def finish(out, args, history, baseline, val_set):
-    """Show what the best network sees, and what to do next."""
-    write_record(out, history, baseline)  # again, for a run that was killed before it did
+    """Show what the best network predicts, and what to do next."""
     network, _ = load_model(out / "best.pt")
     sample_sheet(network, val_set, out / "samples.png", args.max_depth)
     best = best_of(history)

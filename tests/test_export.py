@@ -229,8 +229,8 @@ def test_a_file_of_other_numbers_than_pytorch_ends_with_exit_code_1(checkpoint, 
     (tmp_path / "best.onnx").write_text("an older file")
     try:
         export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
-    except SystemExit as stop:
-        assert stop.code == code == 1
+    except SystemExit as stop:  # Python prints the text and exits with 1
+        assert code == 1 and stop.code.endswith("best.onnx was not written")
     else:
         assert code is None
     said = re.search(r"largest difference .*: (\S+) m", capsys.readouterr().out)
@@ -269,34 +269,23 @@ def test_an_export_that_is_interrupted_while_it_compares_leaves_nothing(checkpoi
 
 def test_the_comparison_is_on_real_images(checkpoint, exported, frames, tmp_path, monkeypatch):
     convert_at_once(monkeypatch, exported)
-    photo, seen = np.random.default_rng(0).integers(0, 256, (250, 333, 3), np.uint8), []
-    Image.fromarray(photo).save(tmp_path / "photo.png")
+    seen = []
 
     def spying(file, **options):
         predict, config = load_predictor(file, **options)
         return lambda image: predict(seen.append(image) or image), config
 
     monkeypatch.setattr(export, "load_predictor", spying)
-    for source in [], ["--data", str(frames)], ["--images", str(tmp_path / "photo.png")]:
+    for source in [], ["--data", str(frames)]:
         export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), *source])
-    rooms, _, stored, _, mine, _ = seen
+    rooms, _, stored, _ = seen
     assert rooms.shape == (8, 3, *SIZE) and 0 <= rooms.min() and 0.5 < rooms.max() <= 1 and rooms.std() > 0.05
     expected = data.open_dataset(frames, "val", SIZE)
     torch.testing.assert_close(stored, torch.stack([expected[i][0] for i in range(5)]))
-    crop = Image.fromarray(photo[11:239, 14:318]).resize(SIZE[::-1], Image.Resampling.NEAREST)
-    np.testing.assert_array_equal((mine[0] * 255).round().byte().permute(1, 2, 0), crop)
 
 
 def test_a_file_for_whole_images_is_compared_on_whole_images(checkpoint, whole, frames, tmp_path, monkeypatch,
                                                              capsys):
-    board = ((np.arange(1500)[:, None] + np.arange(2000)) % 2 * 255).astype(np.uint8)
-    board[:, :40] = 255
-    for name in ("a", "b"):
-        Image.fromarray(board).save(tmp_path / f"{name}.png")
-    args = export.make_parser().parse_args(["best.pt", "--images", str(tmp_path)])
-    found = export.real_input(args, WHOLE, "full", "val", 8)
-    assert found.shape == (2, 3, *WHOLE) and (found[..., :4] > 0.9).all()  # the left edge is there
-    assert (found[..., 6:] - 0.5).abs().max() < 0.05  # antialiased
     args = export.make_parser().parse_args(["best.pt", "--data", str(frames)])
     found = export.real_input(args, WHOLE, "full", "train", 4)
     dataset = data.open_dataset(frames, "train", WHOLE, geometry="full", limit=4)
@@ -304,7 +293,7 @@ def test_a_file_for_whole_images_is_compared_on_whole_images(checkpoint, whole, 
 
     convert_at_once(monkeypatch, whole)
     out = str(tmp_path / "best.onnx")
-    export.main([str(checkpoint), "--out", out, "--size", *map(str, WHOLE), "--images", str(tmp_path)])
+    export.main([str(checkpoint), "--out", out, "--size", *map(str, WHOLE)])
     assert f"takes {WHOLE[0]}x{WHOLE[1]} (full)" in capsys.readouterr().out
 
 
@@ -436,13 +425,12 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (export, "FILE.onnx", "FILE.onnx: is exported already"),
     (export, "MODEL --out best.pt", "--out best.pt: must end in .onnx"),
     (export, "MODEL --int8 --dynamic", "--int8"),
-    (export, "MODEL --images NOWHERE", "NOWHERE: no image"),
     (export, "MODEL --data NOWHERE", "NOWHERE: no such"),
     (eval, "FILE.onnx --data FRAMES --protocol eigen", "export it with --size 64 224"),
     (eval, "WHOLE.onnx --data FRAMES", f"export it with --size {SIZE[0]} {SIZE[1]}"),
     (eval, "FILE.onnx --images photo.png --size 64 64", f"takes {SIZE[0]}x{SIZE[1]} only"),
-    (eval, "OLD.onnx --images photo.png", "OLD.onnx: was not written by this edition's export.py"),
-    (eval, "FOREIGN.onnx --images photo.png", "FOREIGN.onnx: was not written by this edition's export.py")])
+    (eval, "OLD.onnx --images photo.png", "OLD.onnx: was not written by this version of export.py"),
+    (eval, "FOREIGN.onnx --images photo.png", "FOREIGN.onnx: was not written by this version")])
 def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, checkpoint, exported, whole,
                                                          frames, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
