@@ -218,22 +218,29 @@ def mean_depth_baseline(dataset, max_depth):
 def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
     """Write n evenly chosen samples as one PNG: image | ground truth | prediction | error.
 
-    Ground truth and prediction share one range of colours; the error is dark at 0 and bright at 1 m and more.
+    All depths share one range of colours, and all errors another, from 0 (dark) up: the bars are in metres.
     """
-    rows = []
+    shown = []
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         image, depth, _ = dataset[i]
         pred, depth = (metres[0, 0] for metres in compare(predict, image[None], depth[None], grid))
         if grid:
             image = view(image, *grid)
         mask = valid_mask(depth, max_depth)
-        measured = depth[mask] if mask.any() else torch.ones(1)
-        near, far = measured.min().item(), measured.max().item()
-        error = torch.where(mask, (pred - depth).abs().clamp(1e-6, 1), 0)  # 0 would be drawn grey
-        rows.append([data.to_uint8(image), data.colourise(depth * mask, near, far),
-                     data.colourise(pred.clamp(min=1e-3), near, far), data.colourise(error, 1, 0)])
+        error = torch.where(mask, (pred - depth).abs().clamp(min=1e-6), 0)  # 0 would be drawn grey
+        shown.append((image, torch.where(mask, depth, 0), pred.clamp(min=1e-3), error))
+    _, truth, preds, errors = (torch.stack(column) for column in zip(*shown))
+    depths = np.concatenate([truth[truth > 0], preds.flatten()])
+    near, far = np.quantile(depths, (0.01, 0.99))
+    most = np.quantile(errors[truth > 0], 0.99) if truth.any() else 1.0
+    height = round(256 * truth.shape[1] / truth.shape[2])
+    rows = [[data.to_uint8(image), data.colourise(depth, near, far), data.colourise(pred, near, far),
+             data.colourise(error, most, 0)] for image, depth, pred, error in shown]
+    rows = [[np.array(Image.fromarray(panel).resize((256, height), Image.Resampling.BOX)) for panel in row]
+            for row in rows]
+    rows[0] += [data.colour_bar(near, far, height), data.colour_bar(most, 0, height)]
     with whole_file(file) as f:
-        data.tile(rows, ("image", "ground truth", "prediction", "error, 0 (dark) to 1 m")).save(f, "PNG")
+        data.tile(rows, ("image", "ground truth", "prediction", "error", "metres")).save(f, "PNG")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -570,14 +570,15 @@ def brightness(image):
 def test_a_sample_sheet_shows_image_ground_truth_prediction_and_error(tmp_path):
     truth = torch.full((1, 4, 6), 2.0)
     truth[:, :, 3:], truth[:, 0] = 4, 0
-    pred = truth.clone()
+    pred = truth.clamp(min=2)
     pred[0, 2, :3] = torch.tensor([2.0, 2.4, 3.5])
     image = torch.rand(3, 4, 6)
     file = tmp_path / "new" / "sheet.png"
     eval.sample_sheet(lambda x: pred[None], [(image, truth, 0)] * 9, file, 10.0, n=3)
     sheet = np.array(Image.open(file))
-    assert sheet.shape == (18 + 3 * 4 + 2 * 4, 4 * 6 + 3 * 4, 3)  # labels, 3 rows, 4 columns, gaps of 4
-    shown, true, predicted, error = (sheet[18:22, x:x + 6] for x in (0, 10, 20, 30))
+    assert len(sheet) == 18 + 3 * 171 + 2 * 4 and sheet.shape[1] > 4 * 260  # labels, 3 rows, gaps of 4; bars
+    middles = np.ix_(18 + np.arange(4) * 171 // 4 + 20, np.arange(6) * 256 // 6 + 20)
+    shown, true, predicted, error = (sheet[:, x:][middles] for x in (0, 260, 520, 780))
     np.testing.assert_allclose(shown, image.permute(1, 2, 0) * 255, atol=0.51)
     assert (true[1] == predicted[1]).all()
     assert brightness(true)[1, 0] > 500 and brightness(true)[1, 5] < 50  # near is bright
@@ -597,8 +598,8 @@ def test_json_holds_every_counted_image_and_the_sheet_what_was_compared(network,
     assert (found["images"], found["skipped"]) == (3, 1) and found["geometry"] == "fastdepth"
     assert [r["share"] for r in found["ranges"]] == pytest.approx([1 / 3] * 3)
     sheet = Image.open(tmp_path / "new" / "sheet.png")
-    assert sheet.size == (4 * 64 + 12, 18 + 4 * 64 + 12)
-    np.testing.assert_array_equal(np.array(sheet)[18:82, :64], crop(blobs(0, 60, 80), 64, 64))
+    assert sheet.height == 18 + 4 * 256 + 12
+    np.testing.assert_array_equal(np.array(sheet)[20:274:4, 2:256:4], crop(blobs(0, 60, 80), 64, 64))
 
 
 @pytest.mark.parametrize("flags, limit, named", [
