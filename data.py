@@ -92,6 +92,7 @@ def valid_mask(depth, max_depth=10.0):
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+UNREAD = (".heic", ".heif", ".avif")  # phones write them, Pillow may not read them: named, not passed over
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".npy", ".npz")
 
 
@@ -109,7 +110,7 @@ def read_image(file):
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except Exception as error:  # Pillow raises errors of many types for damaged files
-        raise UserError(f"{file}: cannot be read as an image ({error}): convert it to JPEG or remove it") from None
+        raise UserError(f"{file}: cannot be read as an image ({error}): convert or remove it") from None
 
 
 def read_depth(file, scale):
@@ -258,7 +259,10 @@ def shrink(image, factor):
 
 
 def colour_jitter(image, brightness, contrast, saturation):
-    """(3, H, W) in [0, 1] -> the same. As torchvision's, in this order; a factor of 1 changes nothing."""
+    """(3, H, W) in [0, 1] -> the same; a factor of 1 changes nothing.
+
+    As torchvision's, but always in this order: there it is random.
+    """
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     image = (image * brightness).clamp(0, 1)
     mean = (image * luma).sum(0).mean()
@@ -423,8 +427,8 @@ def check_scale(dataset, max_depth):
     depth = np.concatenate([d[d > 0] for d in some])
     if depth.size and (median := float(np.median(depth))) > max_depth:
         cures = likely_scales(median, dataset.scale)
-        note(f"half of the depth lies beyond --max-depth {max_depth:g} (median {median:.1f} m): raise it"
-             + (f", or for 16-bit depth: {cures}" if cures else ""))
+        note(f"half of the depth lies beyond {max_depth:g} m (median {median:.1f} m): train with a larger "
+             "--max-depth" + (f", or for 16-bit depth: {cures}" if cures else ""))
 
 
 def check_crop(dataset, size):
@@ -588,6 +592,8 @@ def find_pairs(root):
     for path in map(Path, sorted(glob.glob("**/*.*", root_dir=root, recursive=True))):
         words = words_of(path.with_suffix(""))
         says = sum(word.startswith("depth") for word in words)
+        if path.suffix.lower() in UNREAD:
+            note(f"{root}: {path.suffix} is not read: convert it to JPEG")
         if path.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(key_of(path.with_suffix("")), []).append((says, len(words), path))
         if path.suffix.lower() in DEPTH_SUFFIXES:
@@ -678,6 +684,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
         dataset.samples = [s._replace(source=(s.source[0], size)) for s in dataset.samples]
     n, (h, w) = len(dataset), size or FASTDEPTH_GRID
     file.parent.mkdir(parents=True, exist_ok=True)
+    clear_partials(file)  # they take the space that is asked for here
     megabytes, free = n * h * w * 5 / 1e6, shutil.disk_usage(file.parent).free / 1e6
     if megabytes > free:
         raise UserError(f"{file}: needs {megabytes:.0f} MB, and {free:.0f} MB are free: make room for it")
@@ -1207,9 +1214,12 @@ def whole_file(file):
 
 def clear_partials(file):
     """Remove the partial files of processes that were killed while writing `file`."""
-    for partial in file.parent.glob(f"{glob.escape(file.name)}.partial-[0-9]*"):
+    for partial in file.parent.glob(f"{glob.escape(file.name)}.partial-*"):
+        pid = re.fullmatch(r"\.partial-(\d{1,9})", partial.suffix)
+        if not pid:
+            continue
         try:
-            os.kill(int(partial.suffix.removeprefix(".partial-")), 0)  # signal 0 only asks whether it lives
+            os.kill(int(pid[1]), 0)  # signal 0 only asks whether it lives
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
         except PermissionError:
@@ -1279,7 +1289,7 @@ def run_script(main, *mistakes):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         sys.exit(141)
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is too small: lower --batch-size or --size"
+        message = "the GPU's memory is too small: lower --size, or in training --batch-size"
     except (UserError, OSError, *mistakes) as error:
         message = str(error).strip() or type(error).__name__
         message = re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])  # a worker's brings a traceback

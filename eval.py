@@ -229,11 +229,10 @@ def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
         mask = valid_mask(depth, max_depth)
         error = torch.where(mask, (pred - depth).abs().clamp(min=1e-6), 0)  # 0 would be drawn grey
         shown.append((image, torch.where(mask, depth, 0), pred.clamp(min=1e-3), error))
-    _, truth, preds, errors = (torch.stack(column) for column in zip(*shown))
-    depths = np.concatenate([truth[truth > 0], preds.flatten()])
-    near, far = np.quantile(depths, (0.01, 0.99))
+    _, truth, preds, errors = (torch.cat([t.flatten() for t in column]) for column in zip(*shown))
+    near, far = np.quantile(torch.cat([truth[truth > 0], preds]), (0.01, 0.99))
     most = np.quantile(errors[truth > 0], 0.99) if truth.any() else 1.0
-    height = round(256 * truth.shape[1] / truth.shape[2])
+    height = round(256 * shown[0][1].shape[0] / shown[0][1].shape[1])
     rows = [[data.to_uint8(image), data.colourise(depth, near, far), data.colourise(pred, near, far),
              data.colourise(error, most, 0)] for image, depth, pred, error in shown]
     rows = [[np.array(Image.fromarray(panel).resize((256, height), Image.Resampling.BOX)) for panel in row]
@@ -309,7 +308,6 @@ def by(size):
 # ------------------------------------------------------------------------------------------------------------
 
 LONGEST = 1280  # longest side of what is written: no network here sees more, and 12 megapixels are 48 MB
-PHONES = (".heic", ".heif", ".avif")  # what Pillow cannot read is named, not passed over
 
 
 def find_images(paths):
@@ -320,7 +318,8 @@ def find_images(paths):
             files.append(Path(path))
             continue
         found = sorted(Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path)))
-        found = [f for f in found if f.suffix.lower() in data.IMAGE_SUFFIXES + PHONES and f.name[0] != "."]
+        suffixes = data.IMAGE_SUFFIXES + data.UNREAD
+        found = [f for f in found if f.suffix.lower() in suffixes and f.name[0] != "."]
         if not found:
             raise UserError(f"{path}: no image there ({', '.join(data.IMAGE_SUFFIXES)})")
         files += found
@@ -445,7 +444,8 @@ def make_parser():
     add("--sheet", metavar="FILE", help="where to write the sheet of samples (default: MODEL-SPLIT.png)")
     # prediction
     add("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
-    add("--out", default="runs/depth", metavar="DIR", help="folder for their depth")
+    add("--out", default="runs/depth", metavar="DIR",
+        help="folder for NAME.png in millimetres, NAME.npy in metres, and NAME_depth.png to look at")
     add("--focal", type=data.positive(float), metavar="PIXELS", help="(default: 0.81 x the longer side)")
     add("--ply", action="store_true", help="also write a coloured point cloud")
     return parser
@@ -485,7 +485,7 @@ def evaluate_command(args, predict, config):
         size = args.size or (config["fixed"] if default_geometry(config) == "full" else None)
 
     dataset = data.open_dataset(args.data, args.split, None, geometry=geometry, depth_scale=args.depth_scale)
-    data.check_scale(dataset, protocol["max_depth"])
+    data.check_scale(dataset, min(protocol["max_depth"], config["max_depth"]))
     data.check_crop(dataset, config["size"])
     frame = dataset.read(0)[1].shape
     shown = size or whole_image_size(frame, FOCAL * max(frame), config)

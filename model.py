@@ -15,10 +15,15 @@ import argparse
 import copy
 import math
 import pickle
+import signal
 import warnings
 from collections import OrderedDict
 from functools import partial
 from itertools import zip_longest
+
+if __name__ == "__main__":  # no traceback on Ctrl-C during the slow import below, or from `| head -1`
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Windows has no SIGPIPE
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

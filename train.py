@@ -108,8 +108,9 @@ def main(argv=None):
         scheduler = make_scheduler(args, history, optimizer, steps=len(train_set) // args.batch_size)
         if rank == 0:  # the process that prints, validates and writes
             baseline = show_plan(args, out, history, model, train_set, val_loader, ranks)
-            if history:
-                log(out, args, history, baseline)  # again, in case the run was killed before it
+            if history:  # again, in case the run was killed before them
+                copy_best(out, history)
+                log(out, args, history, baseline)
 
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.time()
@@ -183,7 +184,8 @@ def make_flags():
     add("--loss", default="l1", choices=LOSSES, help="see loss.py")
     add("--epochs", type=positive(int), default=10, help="in total, including those before --resume")
     add("--batch-size", type=positive(int), default=8, help="images per step, over all processes")
-    add("--optimizer", default="sgd", choices=OPTIMIZERS, help="torch's; sgd has momentum 0.9")
+    add("--optimizer", default="sgd", choices=OPTIMIZERS,
+        help="sgd has momentum 0.9; adam adds weight decay to the gradient, adamw shrinks the weights")
     add("--lr", type=positive(float), help="learning rate (default: the preset's, else train.LEARNING_RATES)")
     add("--weight-decay", type=float, default=1e-4, help="pulls the weights towards 0")
     add("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
@@ -366,7 +368,7 @@ def join_processes(args):
         raise UserError(f"--batch-size {ranks} with --size 32 32 leaves batch norm a single pixel")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # from now on "cuda" means this GPU
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # has no effect on a CPU
     if ranks > 1:
         patience = timedelta(hours=6)  # of the others, while rank 0 renders rooms or validates
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=patience)
@@ -421,7 +423,8 @@ def run_folder(args, saved):
     except BaseException:
         if (out / "last.pt").exists():
             print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}", flush=True)
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # there is last.pt
+            claim(out).unlink(missing_ok=True)
             out.rmdir()
         raise
 
@@ -430,15 +433,22 @@ def claim_folder(args):
     """Make --out, which must be new or empty, or runs/MODEL-k for the first free k."""
     if args.out:
         out = Path(args.out)
-        if out.exists() and not (out.is_dir() and all(".partial-" in file.name for file in out.iterdir())):
+        data.clear_partials(out / "last.pt")  # what killed runs left
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out}: is not an empty folder: choose another --out, or --resume the run there")
         out.mkdir(parents=True, exist_ok=True)
+        claim(out).touch()
         return out
     for k in itertools.count(1):
         out = Path("runs") / f"{args.model}-{k}"
         with suppress(FileExistsError):
             out.mkdir(parents=True)
             return out
+
+
+def claim(out):
+    """The file that keeps other runs out of an empty folder until whole_file renames it to last.pt."""
+    return out / f"last.pt.partial-{os.getpid()}"
 
 
 def show_plan(args, out, history, model, train_set, val_loader, ranks):
@@ -486,10 +496,16 @@ def save(out, args, train_set, history, model, optimizer, scaler):
         history=history,
         args=vars(args),
     ), memory)
-    best = best_of(history) is history[-1]
-    for name in ["best.pt", "last.pt"] if best else ["last.pt"]:  # last: a kill in between repeats the epoch
-        with whole_file(out / name) as f:
-            f.write(memory.getbuffer())
+    with whole_file(out / "last.pt") as f:
+        f.write(memory.getbuffer())
+    copy_best(out, history)
+
+
+def copy_best(out, history):
+    """Make last.pt best.pt too if its epoch is the best so far."""
+    if best_of(history) is history[-1]:
+        with whole_file(out / "best.pt") as f:
+            f.write((out / "last.pt").read_bytes())
 
 
 def log(out, args, history, baseline):

@@ -1,6 +1,7 @@
 """Metrics against plain numpy, protocols down to the pixel, and the depth of images of every kind."""
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -252,6 +253,21 @@ def test_a_smaller_prediction_is_upsampled_bilinearly_to_the_ground_truth():
     small = np.random.default_rng(0).uniform(1, 5, (2, 3)).astype(np.float32)
     result, _ = evaluate(lambda image: torch.from_numpy(small)[None, None], loader(samples()[:1]))
     agree(result, reference(upsample(small, 8, 12).ravel(), samples()[0][1].numpy().ravel()))
+
+
+@pytest.mark.parametrize("protocol", ["own", "fastdepth", "garg"])
+def test_eval_says_what_is_odd_about_data_and_names_no_flag_that_it_lacks(protocol, network, tmp_path,
+                                                                          monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.note.cache_clear()
+    depth = np.full((96, 320), 27.0)
+    depth[:40] = 5
+    write_frame("kitti", 0, blobs(0, 96, 320), depth)
+    eval.main([network[0], "--data", "kitti", "--device", "cpu", "--protocol", protocol, "--sheet", "s.png"])
+    said = capsys.readouterr().err
+    assert "half of the depth lies beyond 10 m (median 27.0 m): train with a larger --max-depth" in said
+    assert ("37% of the width of 96x320 frames: --geometry full" in said) == (protocol != "garg")
+    assert set(re.findall(r"(?<!larger )--[a-z-]+", said)) <= {"--depth-scale", "--geometry", "--size"}
 
 
 def test_flip_average_is_the_mean_with_the_flipped_prediction_of_the_flipped_image():
@@ -552,10 +568,11 @@ def test_one_bad_image_among_many_is_named_and_the_others_are_done(network, tmp_
     command = sys.executable, eval.__file__, network[0], "--images", folder, "--out", tmp_path / "depth"
     done = subprocess.run(command, capture_output=True, text=True)
     first, second, third = done.stderr.splitlines()
-    assert done.returncode == 2 and "b.png" in first and "d.heic" in second and "JPEG" in second
+    assert done.returncode == 2 and "b.png" in first and "d.heic" in second and "convert" in second
     assert third == "eval.py: error: 2 of 4 images could not be read"
     assert sorted(file.name for file in (tmp_path / "depth").glob("*.npy")) == ["a.npy", "c.npy"]
     assert "32x32, focal length 26 pixels (assumed), seen at 96x64 (full)" in done.stdout
+    assert ", written at 32x32" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------

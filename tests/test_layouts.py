@@ -127,6 +127,12 @@ def test_tums_images_and_depths_are_paired_by_time_folder_by_folder(tmp_path, ca
     assert capsys.readouterr().err == f"note: {tmp_path}: 3 images have no depth, 4 have\n"
 
 
+def test_heic_beside_photos_is_said_once(tmp_path, capsys):
+    touch(tmp_path, "rgb/1.jpg", "depth/1.png", "rgb/2.HEIC", "depth/2.png", "rgb/3.HEIC", "depth/3.png")
+    assert pairs_of(tmp_path) == [("rgb/1.jpg", "depth/1.png")]
+    assert capsys.readouterr().err == f"note: {tmp_path}: .HEIC is not read: convert it to JPEG\n"
+
+
 def test_scenes_csv_names_the_scene_of_a_frame(tmp_path):
     touch(tmp_path, *(f"{folder}/{i}.png" for folder in ("rgb", "depth") for i in (1, 2, 3)))
     (tmp_path / "scenes.csv").write_text("frame,scene\n1,kitchen\n3, study \n")
@@ -428,6 +434,7 @@ def test_a_foreign_stale_or_cut_off_pack_is_refused(pack, damage, complaint):
 
 def test_where_there_is_no_room_nothing_is_begun(originals, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 4e6))
+    (tmp_path / "set.h5.partial-99999999").touch()  # of a killed process: cleared first
     with complains("set.h5: needs 4 MB, and 4 MB are free: make room"):
         write_pack(tmp_path / "set.h5", originals)
     assert capsys.readouterr().out == "" and names_in(tmp_path) == ["set"]

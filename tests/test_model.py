@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -574,3 +575,11 @@ def test_an_unknown_name_is_the_users_mistake(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2 and "resnet" in capsys.readouterr().err
+
+
+def test_a_reader_who_closes_the_pipe_sees_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does
+    done = subprocess.run([sys.executable, script.__file__, "fastdepth"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

@@ -265,6 +265,16 @@ def test_training_uses_channels_last_and_the_fast_depthwise_gradient(flags, monk
     assert seen[:3] == [(True, True, True, True)] * 2 + [(False, True, True, True)]  # two steps, validation
 
 
+def test_a_gpu_gets_pinned_batches_and_the_fastest_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    args, _ = train.parse(MINIATURE)
+    assert not train.make_loader(args, [0], 1).pin_memory
+    for args.device in ("cuda", "cuda:1"):
+        assert train.make_loader(args, [0], 1).pin_memory
+    train.join_processes(args)
+    assert torch.backends.cudnn.benchmark
+
+
 def test_training_learns_what_can_be_learnt(flags, pairs, tmp_path):
     more = "--epochs 20 --augment none --schedule none --optimizer adam --size 32 32"
     result = go(flags, f"--data {pairs} {more}")
@@ -541,7 +551,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
 
 # Processes that end in other ways than by themselves: what to do first; they share one start of Python.
 KILLED = {
-    "before best.pt of epoch 1": 'at_call(os, "replace", 1, kill)',
+    "before last.pt of epoch 1": 'at_call(os, "replace", 1, kill)',
+    "before best.pt of epoch 1": 'at_call(os, "replace", 2, kill)',
     "before log.csv of epoch 1": 'at_call(os, "replace", 3, kill)',
     "in epoch 2": 'at_call(train, "finite_sum", 4, kill)',
     "before last.pt of epoch 2": 'at_call(os, "replace", 5, kill)',  # the first remains the best
@@ -637,13 +648,14 @@ def test_ctrl_c_ends_quietly_and_says_how_to_go_on(endings):
 def test_a_disk_that_is_full_from_the_start_gets_one_line_and_no_folder_stays(endings):
     folder, codes = endings
     line = (folder / "full disk.err").read_text()
-    assert "full disk/best.pt: cannot be written" in line and line.count("\n") == 1
+    assert "full disk/last.pt: cannot be written" in line and line.count("\n") == 1
     assert codes["full disk"] == 2 and not (folder / "full disk").exists()
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("script", ["model", "data", "train", "eval", "export"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)")
-    result = subprocess.run([sys.executable, ROOT / "train.py"], env=ENV | {"PYTHONPATH": str(tmp_path)},
+    result = subprocess.run([sys.executable, ROOT / f"{script}.py"], env=ENV | {"PYTHONPATH": str(tmp_path)},
                             text=True, capture_output=True, timeout=60)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
@@ -744,6 +756,16 @@ def test_a_run_that_failed_does_not_block_its_folder(flags, refused, tmp_path):
     assert (out / "last.pt").exists() and not list(out.glob("*partial*"))
 
 
+def test_a_folder_is_claimed_before_the_first_epoch(flags):
+    args, _ = train.parse(flags)
+    out = train.claim_folder(args)
+    with pytest.raises(data.UserError, match="run: is not an empty folder"):
+        train.claim_folder(args)  # the first is still running
+    train.claim(out).unlink()
+    (out / "last.pt.partial-99999999").touch()  # the first was killed
+    assert train.claim_folder(args) == out
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Several processes
 # ------------------------------------------------------------------------------------------------------------
@@ -833,6 +855,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     text = parser.format_help()
     assert all(action.help for action in parser._actions)
     assert "None" not in text and "(default: 0.0001)" in text and "(default: the network's)" in text
+    assert "adam adds weight decay to the gradient, adamw shrinks the weights" in " ".join(text.split())
     assert re.search(r"--loss \{[^}]*\}\s+see loss.py \(default: l1\)", text)
 
 
@@ -881,8 +904,8 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, refused, t
 
 
 @pytest.mark.parametrize("more", [
-    "--model fastdepth", "--options skip=concat", "--optimizer adam", "--batch-size 2", "--loss l2", "--seed 1",
-    "--size 32 32", "--max-depth 5", "--augment none", "--preset best", "--out elsewhere", "--init best.pt",
+    "--model fastdepth", "--options skip=concat", "--optimizer adam", "--batch-size 2", "--loss l2",
+    "--seed 1", "--size 32 32", "--max-depth 5", "--augment none", "--preset best", "--out elsewhere", "--init best.pt",
     "--pretrained", "--encoder-weights x.pth"])
 def test_resume_refuses_to_become_another_run(more, run, refused):
     before = contents(run)

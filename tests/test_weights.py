@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import model
 from model import ModelError, build_model, load_encoder, load_model
 
 
@@ -343,3 +344,12 @@ def test_a_malicious_file_is_refused_by_name_and_not_run(call, zip_format, tmp_p
         line = refused(load, "evil.pth")
         assert call[0].__name__ in line and "nothing was run" in line
     assert not Path("pwned").exists()
+
+
+def test_no_file_is_loaded_in_a_way_that_runs_its_code():
+    calls = []
+    for file in Path(model.__file__).parent.glob("*.py"):
+        calls += re.findall(r"torch\.(?:load|hub\.load_state_dict_from_url)\([^)]*\)", file.read_text())
+    assert len(calls) == 3
+    assert all("weights_only=True" in call or "pickle_module=StandInPickle" in call for call in calls), calls
+    assert (len(model.StandInUnpickler.TENSORS), len(model.StandInUnpickler.CLASSES)) == (12, 4)
