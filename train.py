@@ -526,17 +526,24 @@ def log(out, args, history, baseline):
 
 
 def draw_curves(history, baseline):
-    """Training loss, validation RMSE and d1 by epoch; the grey line is the mean-depth baseline."""
+    """Training loss, validation RMSE and d1 by epoch."""
     sheet = Image.new("RGB", (1080, 240), "white")
     draw = ImageDraw.Draw(sheet)
     for left, name in ((60, "loss"), (420, "rmse"), (780, "d1")):
         values = [row[name] for row in history]
-        trivial = baseline.get(name, 0)  # there is none of the training loss
-        scale = 180 / max(*values, trivial, 1e-9)
-        points = [(left + 285 * i / len(values), 220 - scale * value) for i, value in enumerate(values, 1)]
-        draw.line([(left, 220 - scale * trivial), (left + 285, 220 - scale * trivial)], fill="grey")
+        levels = [*values, baseline.get(name, values[0])]
+        low, high = min(levels), max(levels)
+        *heights, trivial = (210 - 170 * (level - low) / max(high - low, 1e-9) for level in levels)
+        if name in baseline:
+            draw.line([(left, trivial), (left + 285, trivial)], fill="grey")
+            draw.text((left + 180, trivial + (4 if trivial < 120 else -14)), "mean-depth baseline", fill="grey")
+        points = list(zip(torch.linspace(left, left + 285, len(values)).tolist(), heights))
         draw.line(points, fill=(182, 54, 122), width=2)
-        draw.text((left, 10), f"{name}: {values[-1]:.3f} after {len(values)} epochs", fill="black")
+        for x, y in points:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(182, 54, 122))
+        draw.text((left, 10), f"{name}, epochs 1 to {len(values)}", fill="black")
+        draw.text((left - 50, 34), f"{high:.3f}", fill="black")
+        draw.text((left - 50, 204), f"{low:.3f}", fill="black")
     return sheet
 
 

@@ -17,7 +17,7 @@ import train
 from model import MODELS, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "README.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 SCRIPTS = ("model", "data", "loss", "train", "eval", "export")
 SMALL = ["--limit", "8", "--batch-size", "4", "--size", "64", "64"]  # what makes a training small
@@ -46,7 +46,8 @@ def in_miniature(command):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty folder with what the pages take for granted: an NYU folder and photos; few default rooms."""
+    """A folder with what the pages take for granted: weights, an NYU folder and photos; few default rooms."""
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
     rng = np.random.default_rng(0)
     for folder in ("nyu/rgb", "nyu/depth", "photos"):
         (tmp_path / folder).mkdir(parents=True)
@@ -57,6 +58,10 @@ def home(tmp_path, monkeypatch):
         Image.fromarray(depth).save(tmp_path / f"nyu/depth/{i:05d}.png")
         rows.append(f"{i:05d},room_{i // 2:04d}")
     (tmp_path / "nyu/scenes.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "nyu/dev").mkdir()
+    for part, first in (("train", 0), ("val", 12)):
+        lines = [f"rgb/{i:05d}.jpg depth/{i:05d}.png\n" for i in range(first, first + 8)]
+        (tmp_path / f"nyu/dev/{part}.txt").write_text("".join(lines))
     Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photos/photo.jpg")
     Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
