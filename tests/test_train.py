@@ -148,6 +148,8 @@ def test_a_run_writes_its_files_and_returns_the_metrics_of_its_best_epoch(flags,
     assert [row["epoch"] for row in log] == [1, 2]
     best = min(log, key=lambda row: row["rmse"])
     assert all(result[name] == pytest.approx(value, rel=1e-5) for name, value in best.items())
+    assert best["epoch"] == 1  # else this would not tell best.pt from last.pt
+    assert [len(load(out / name)["history"]) for name in ("best.pt", "last.pt")] == [1, 2]
     for file in ("curves.png", "samples.png"):
         assert len(np.unique(Image.open(out / file))) > 20
 
