@@ -536,7 +536,8 @@ def draw_curves(history, baseline):
         *heights, trivial = (210 - 170 * (level - low) / max(high - low, 1e-9) for level in levels)
         if name in baseline:
             draw.line([(left, trivial), (left + 285, trivial)], fill="grey")
-            draw.text((left + 180, trivial + (4 if trivial < 120 else -14)), "mean-depth baseline", fill="grey")
+            below = 4 if trivial < 120 else -14
+            draw.text((left + 180, trivial + below), "mean-depth baseline", fill="grey")
         points = list(zip(torch.linspace(left, left + 285, len(values)).tolist(), heights))
         draw.line(points, fill=(182, 54, 122), width=2)
         for x, y in points:

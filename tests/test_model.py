@@ -580,6 +580,7 @@ def test_an_unknown_name_is_the_users_mistake(monkeypatch, capsys):
 def test_a_reader_who_closes_the_pipe_sees_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)  # as `| head -1` does
-    done = subprocess.run([sys.executable, script.__file__, "fastdepth"], stdout=writer, stderr=subprocess.PIPE)
+    command = [sys.executable, script.__file__, "fastdepth"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

@@ -907,8 +907,8 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, refused, t
 
 @pytest.mark.parametrize("more", [
     "--model fastdepth", "--options skip=concat", "--optimizer adam", "--batch-size 2", "--loss l2",
-    "--seed 1", "--size 32 32", "--max-depth 5", "--augment none", "--preset best", "--out elsewhere", "--init best.pt",
-    "--pretrained", "--encoder-weights x.pth"])
+    "--seed 1", "--size 32 32", "--max-depth 5", "--augment none", "--preset best", "--out elsewhere",
+    "--init best.pt", "--pretrained", "--encoder-weights x.pth"])
 def test_resume_refuses_to_become_another_run(more, run, refused):
     before = contents(run)
     line = refused(["--resume", run], f"--epochs 3 {more}")
