@@ -93,7 +93,7 @@ def valid_mask(depth, max_depth=10.0):
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-UNREAD = (".heic", ".heif", ".avif")  # phones write them, Pillow may not read them: named, not passed over
+UNREAD = (".heic", ".heif", ".avif")  # phone formats that Pillow may not read: never skipped silently
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".npy", ".npz")
 
 
@@ -544,7 +544,10 @@ def find_lists(root):
 
 
 def read_list(file, part):
-    """The samples of one list, in its folder or the one above; words that name no file are skipped."""
+    """The samples of one list. Paths start in its folder or the one above.
+
+    Words without the suffix of an image or depth file, such as time stamps, are skipped.
+    """
     samples = []
     for number, line in enumerate(lines_of(file), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
@@ -594,7 +597,7 @@ def find_pairs(root):
         words = words_of(path.with_suffix(""))
         says = sum(word.startswith("depth") for word in words)
         if path.suffix.lower() in UNREAD:
-            note(f"{root}: {path.suffix} is not read: convert it to JPEG")
+            note(f"{root}: {path.suffix} files are not read: convert them to JPEG")
         if path.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(key_of(path.with_suffix("")), []).append((says, len(words), path))
         if path.suffix.lower() in DEPTH_SUFFIXES:
@@ -640,7 +643,7 @@ def read_scenes(file):
 
 
 def pair_sample(root, image, depth, scenes):
-    """The sample of two paths below root, with its part and its scene from the names of its folders."""
+    """The sample of two paths below root: its part from its folders, its scene from scenes.csv or them."""
     folders = image.parts[:-1]
     part = next((folder for folder in folders if folder in SPLITS), None)
     scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
@@ -674,7 +677,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     size None: frames are FastDepth's 250x333 grid with the margin outside its crop, so that geometry
     fastdepth and its augmentation read the same pixels; frames that are not 4:3 keep only their 4:3 centre,
     and rooms keep their own size. With a size: whole frames, squeezed to it, and rooms rendered at it. Depth
-    beyond 65.534 m becomes not measured. All cores work; the file does not depend on how many there are.
+    beyond 65.534 m counts as not measured. All cores work; the file does not depend on how many there are.
     """
     file, start = Path(file), time.time()
     if file.suffix != ".h5":
@@ -748,7 +751,7 @@ def find_rooms(root):
         raise UserError(f"{root}: write rooms:N or rooms:N:SEED")
     n, seed = int(match[1]), int(match[2] or 0)
     if n < 8:
-        raise UserError(f"{root}: write at least 8 rooms: every eighth validates")
+        raise UserError(f"{root}: write at least 8 rooms: N / 8 more are rendered for validation")
     # A room depends on its key alone, so more training rooms never become validation rooms.
     rooms = [f"{seed} train {i}" for i in range(n)] + [f"{seed} val {i}" for i in range(min(n // 8, 512))]
     return [Sample(key.split()[1], "rooms", (key, ROOM_SIZE), f"room {key}") for key in rooms]
@@ -856,7 +859,7 @@ ON_WALLS = [
     thing("wall shelf", (.6, 1.2), (1.5, 1.9), (.2, .25),
           (-.5, .7, 0, .5, .72, 1), (-.4, .72, 0, .2, .85, 1, OTHER))]
 THINGS = 10  # tries per list: what finds no place is left out
-LOOSE = 24  # there are always fewer loose objects on a thing
+LOOSE = 24  # a thing carries fewer loose objects than this
 
 # Patterns are cells of u x v metres with dark joints between them; with shift 1 every second row is moved by
 # half a cell; `hues` is how much the colours of the cells differ.
@@ -1311,7 +1314,7 @@ def print_facts(dataset, path):
     first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
     share = measured.size / sum(depth.size for _, depth in pairs)
     print(f"size    {' '.join(sizes)} in {len(pairs)} pairs looked at")
-    print(f"depth   median {median:.2f} m, 98 % from {first:.2f} to {last:.2f}, most {measured.max():.2f}; "
+    print(f"depth   median {median:.2f} m, 98 % from {first:.2f} to {last:.2f}, max {measured.max():.2f}; "
           f"{share:.0%} measured; 16-bit scale {dataset.scale:g}")
     return pairs
 

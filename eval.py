@@ -320,6 +320,8 @@ def find_images(paths):
         found = sorted(Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path)))
         suffixes = data.IMAGE_SUFFIXES + data.UNREAD
         found = [f for f in found if f.suffix.lower() in suffixes and f.name[0] != "."]
+        readable = {f.stem for f in found if f.suffix.lower() not in data.UNREAD}
+        found = [f for f in found if f.suffix.lower() not in data.UNREAD or f.stem not in readable]
         if not found:
             raise UserError(f"{path}: no image there ({', '.join(data.IMAGE_SUFFIXES)})")
         files += found
@@ -431,8 +433,10 @@ def make_parser():
     add = parser.add_argument
     add("model", help="a .pt file of train.py or an .onnx file of export.py")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"), help="(default: training's scale)")
-    add("--geometry", choices=data.GEOMETRIES, help="(default: the protocol's; full for --images)")
+    add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
+        help="what the network sees (default: training's scale)")
+    add("--geometry", choices=data.GEOMETRIES,
+        help="how a frame becomes that size (default: the protocol's; full for --images)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the flip (default: protocol's)")
     # evaluation
     add("--data", metavar="PATH", help="data set of any layout that data.py knows")
@@ -446,7 +450,8 @@ def make_parser():
     add("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
     add("--out", default="runs/depth", metavar="DIR",
         help="folder for NAME.png in millimetres, NAME.npy in metres, and NAME_depth.png to look at")
-    add("--focal", type=data.positive(float), metavar="PIXELS", help="(default: 0.81 x the longer side)")
+    add("--focal", type=data.positive(float), metavar="PIXELS",
+        help="focal length in pixels (default: 0.81 x the longer side)")
     add("--ply", action="store_true", help="also write a coloured point cloud")
     return parser
 

@@ -6,9 +6,8 @@
 
 The file takes `image` (B, 3, H, W), float32 RGB in [0, 1], and gives `depth` (B, 1, H', W'), float32 metres.
 Any batch size; H and W are those of training, for images cropped as in training. --size 256 256 exports
-fastdepth
-for whole images (see data.whole_image_size), --dynamic for all multiples of 32. Batch norm is folded. The
-metadata entry `fastdepth` is the config as JSON: network, size, geometry, frame, range, unit.
+fastdepth for whole images (see data.whole_image_size), --dynamic for all multiples of 32. Batch norm is
+folded. The metadata entry `fastdepth` is the config as JSON: network, size, geometry, frame, range, unit.
 Exit code 1, and no file, if ONNX Runtime and PyTorch disagree.
 """
 import json
@@ -30,10 +29,10 @@ import torch.nn.functional as F
 
 import data
 from data import UserError, whole_file
-from eval import by, check_finite, evaluate, load_predictor
+from eval import at_training_scale, by, check_finite, evaluate, load_predictor
 from model import ModelError, count, fold_batch_norm, load_model
 
-TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. another order of float32 sums makes a hundredth of it
+TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. Summing float32 in another order changes a hundredth of that
 
 # ------------------------------------------------------------------------------------------------------------
 # ONNX files
@@ -220,8 +219,10 @@ def score(args, model, file, size, geometry, image):
     """What int8 costs, in words: size, distance from PyTorch, and metrics on --data's val split."""
     predict, config = load_predictor(file)
     distance = (predict(image) - model(image)).abs().mean()
-    dataset = data.open_dataset(args.data, "val", size, geometry=geometry, depth_scale=args.depth_scale)
-    result, _ = evaluate(predict, torch.utils.data.DataLoader(dataset), config["max_depth"])
+    dataset = data.open_dataset(args.data, "val", None, geometry=geometry, depth_scale=args.depth_scale)
+    predict_frames = at_training_scale(predict, config, size, geometry)
+    loader = torch.utils.data.DataLoader(dataset)
+    result, _ = evaluate(predict_frames, loader, config["max_depth"], grid=(size, geometry))
     return (f"{file.stat().st_size / 2**20:.1f} MiB, {distance:.4f} m from PyTorch, "
             f"rmse {result['rmse']:.4f}, d1 {result['d1']:.4f} on {result['images']} images")
 

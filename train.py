@@ -103,12 +103,13 @@ def main(argv=None):
         history = []
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # empty except after --amp fp16
+                scaler.load_state_dict(saved["scaler"])
             history = saved["history"]
         scheduler = make_scheduler(args, history, optimizer, steps=len(train_set) // args.batch_size)
         if rank == 0:  # the process that prints, validates and writes
             baseline = show_plan(args, out, history, model, train_set, val_loader, ranks)
-            if history:  # again, in case the run was killed before them
+            if history:  # repeat these two: the run may have been killed before they were done
                 copy_best(out, history)
                 log(out, args, history, baseline)
 
@@ -154,8 +155,8 @@ PRESETS = {
 # Adam adds weight decay to the gradient, AdamW shrinks the weights.
 OPTIMIZERS = {"sgd": partial(SGD, momentum=0.9), "adam": Adam, "adamw": AdamW}
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "compile", "threads", "workers",
-              "tensorboard")  # on --resume
+MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "amp", "compile", "threads",
+              "workers", "tensorboard")  # on --resume
 
 
 def make_flags():
@@ -174,7 +175,7 @@ def make_flags():
     add("--model", default="fastdepth", choices=MODELS, help="see model.py")
     add("--options", nargs="*", type=key_value, metavar="KEY=VALUE", help="of the decoder, such as skip=none")
     add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
-        help="of training (default: the network's; 128 128 for the default rooms, but with --preset paper)")
+        help="of training (default: the network's; 128 128 for the default rooms without --preset paper)")
     add("--geometry", choices=data.GEOMETRIES, help="how a frame becomes that size (default: the network's)")
     weights = parser.add_mutually_exclusive_group().add_argument
     weights("--init", metavar="FILE", help="start from a checkpoint, or a file of FastDepth's authors")
@@ -200,7 +201,8 @@ def make_flags():
     add("--seed", type=int, default=0, help="for weights, order and augmentation")
     # results
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
-    add("--resume", metavar="DIR", help="continue the run in DIR with its flags; some may change")
+    add("--resume", metavar="DIR",
+        help="continue the run in DIR with its flags; train.MAY_CHANGE lists those that may change")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard too")
     return parser
 
@@ -254,7 +256,7 @@ def parse(argv):
 
 
 def load_run(file):
-    """The checkpoint from which --resume goes on."""
+    """The checkpoint from which --resume continues."""
     load_model(file)  # its errors name the file and the cure
     saved = read_file(file)
     parts = dict(optimizer=dict, scaler=dict, history=list, args=dict)
@@ -274,11 +276,12 @@ ROOMS = 4096  # training rooms of the default data
 
 def open_data(args, rank):
     """-> the training set, and the loader of the validation images."""
-    if args.data == "rooms":
-        frame = (144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE
-        args.data = f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{by(frame)}.h5"
-        if rank == 0 and not Path(args.data).exists():
-            data.write_pack(args.data, f"rooms:{ROOMS}", size=frame)
+    frame = (144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE
+    pack = f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{by(frame)}.h5"
+    if args.data in ("rooms", pack):  # a checkpoint holds the file's name
+        args.data = pack
+        if rank == 0 and not Path(pack).exists():
+            data.write_pack(pack, f"rooms:{ROOMS}", size=frame)
     if distributed.is_initialized():
         distributed.barrier()  # until the file is there
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
@@ -313,7 +316,7 @@ def epoch_loader(args, epoch, dataset, rank, ranks):
 
 
 def make_model(args, saved):
-    """The network, with the weights from which it starts or goes on."""
+    """The network, with the weights from which it starts or resumes."""
     model = build_model(args.model, args.max_depth, **args.options)
     if saved:
         model.load_state_dict(saved["weights"])
@@ -341,7 +344,7 @@ def make_scheduler(args, history, optimizer, steps):
         group["lr"] = group["initial_lr"] = args.lr
     if args.schedule == "plateau":
         scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
-        for row in history:
+        for row in itertools.dropwhile(lambda row: row["lr"] != args.lr, history):  # since --lr last changed
             scheduler.step(row["rmse"])
         return scheduler
     factors = {
@@ -416,7 +419,10 @@ def validate(args, epoch, loader, model, rank):
 
 @contextmanager
 def run_folder(args, saved):
-    """The folder of a run. If the run stops, says how to resume, or removes it before the first epoch."""
+    """The folder of a run.
+
+    If the run stops, this says how to resume it, or removes the folder if no epoch has been saved.
+    """
     out = Path(args.resume) if saved else claim_folder(args)
     try:
         yield out
@@ -434,7 +440,7 @@ def claim_folder(args):
     if args.out:
         out = Path(args.out)
         data.clear_partials(out / "last.pt")  # what killed runs left
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {claim(out)}):
             raise UserError(f"{out}: is not an empty folder: choose another --out, or --resume the run there")
         out.mkdir(parents=True, exist_ok=True)
         claim(out).touch()
@@ -462,7 +468,7 @@ def show_plan(args, out, history, model, train_set, val_loader, ranks):
     print(f"network   {args.model}, options {args.options or 'none'}, output 1/{model.output_stride}; "
           f"{size['parameters']:,} parameters, {size['macs'] / 1e9:.3f} GMACs")
     print(f"training  {args.loss}, {args.optimizer}, lr {args.lr:g}, {args.schedule}, seed {args.seed}")
-    done = f", {len(history)} of them done" if history else ""
+    done = f"; {len(history)} epochs done" if history else ""
     print(f"          {args.epochs} epochs of {len(train_set) // args.batch_size} steps "
           f"of {args.batch_size} images{done}")
     frames = copy.copy(train_set)

@@ -366,6 +366,18 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_printed_score_corrects_the_focal_length_as_eval_does(checkpoint, whole, frames):
+    args = export.make_parser().parse_args([str(checkpoint), "--data", str(frames)])
+    predict, config = load_predictor(whole)
+    found = export.score(args, load_model(checkpoint)[0], whole, WHOLE, "full", torch.rand(1, 3, *WHOLE))
+    loaders = [torch.utils.data.DataLoader(data.open_dataset(frames, "val", size, geometry="full"))
+               for size in (None, WHOLE)]
+    corrected = eval.at_training_scale(predict, config, WHOLE, "full")
+    right, _ = eval.evaluate(corrected, loaders[0], config["max_depth"], grid=(WHOLE, "full"))
+    wrong, _ = eval.evaluate(predict, loaders[1], config["max_depth"])
+    assert f"rmse {right['rmse']:.4f}" in found and f"{wrong['rmse']:.4f}" not in found
+
+
 def test_the_int8_file_is_8_bit_throughout_and_close_to_the_float_file(checkpoint, exported, frames, tmp_path,
                                                                        monkeypatch, capsys):
     convert_at_once(monkeypatch, exported)

@@ -130,7 +130,7 @@ def test_tums_images_and_depths_are_paired_by_time_folder_by_folder(tmp_path, ca
 def test_heic_beside_photos_is_said_once(tmp_path, capsys):
     touch(tmp_path, "rgb/1.jpg", "depth/1.png", "rgb/2.HEIC", "depth/2.png", "rgb/3.HEIC", "depth/3.png")
     assert pairs_of(tmp_path) == [("rgb/1.jpg", "depth/1.png")]
-    assert capsys.readouterr().err == f"note: {tmp_path}: .HEIC is not read: convert it to JPEG\n"
+    assert capsys.readouterr().err == f"note: {tmp_path}: .HEIC files are not read: convert them to JPEG\n"
 
 
 def test_scenes_csv_names_the_scene_of_a_frame(tmp_path):

@@ -364,7 +364,7 @@ def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, roo
 
     def write_pack(file, root, size):
         packed.append((file, root, size))
-        Path(file).parent.mkdir()
+        Path(file).parent.mkdir(exist_ok=True)
         shutil.copy(rooms, file)
 
     monkeypatch.chdir(tmp_path)
@@ -372,8 +372,10 @@ def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, roo
     args, _ = train.parse(["--threads", str(torch.get_num_threads()), *more.split()])
     for _ in range(2):
         train_set, _ = train.open_data(args, rank=0)
+    Path(args.data).unlink()
+    train.open_data(args, rank=0)  # a resumed run renders them again
     name = f"data/rooms-v{data.ROOMS_VERSION}-{train.ROOMS}-{kind}.h5"
-    assert packed == [(name, f"rooms:{train.ROOMS}", frames)]
+    assert packed == [(name, f"rooms:{train.ROOMS}", frames)] * 2
     assert args.size == train_set.size == size
 
 
@@ -497,8 +499,9 @@ def test_compile_trains_the_same_network_under_the_same_names(flags, finished, t
 
 
 @pytest.mark.parametrize("schedule", ["none", "plateau"])
-def test_flags_given_on_resume_replace_the_old(schedule, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PLATEAU", dict(patience=99))
+def test_a_learning_rate_given_on_resume_replaces_the_old(schedule, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PLATEAU", dict(factor=0.3, patience=0, threshold=0.01))
+    let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     run = tmp_path / "run"
     groups = []
     go(flags, f"--epochs 1 --schedule {schedule} --weight-decay 0.02")
@@ -506,7 +509,8 @@ def test_flags_given_on_resume_replace_the_old(schedule, flags, tmp_path, monkey
         resume(run, more)
         group = load(run / "last.pt")["optimizer"]["param_groups"][0]
         groups.append([group[name] for name in ("lr", "weight_decay", "momentum")])
-    assert groups == [[0.01, 0.02, 0.9], [0.004, 0.02, 0.9]] and len(read_log(run)) == 3
+    lowered = 0.003 if schedule == "plateau" else 0.01
+    assert groups == [[lowered, 0.02, 0.9], [0.004, 0.02, 0.9]] and len(read_log(run)) == 3
 
 
 @pytest.mark.parametrize("able, amp", [("avx2", "none"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
@@ -761,10 +765,11 @@ def test_a_run_that_failed_does_not_block_its_folder(flags, refused, tmp_path):
 def test_a_folder_is_claimed_before_the_first_epoch(flags):
     args, _ = train.parse(flags)
     out = train.claim_folder(args)
+    assert train.claim_folder(args) == out  # in a container, a killed run may have had the same PID
+    train.claim(out).rename(out / f"last.pt.partial-{os.getppid()}")
     with pytest.raises(data.UserError, match="run: is not an empty folder"):
         train.claim_folder(args)  # the first is still running
-    train.claim(out).unlink()
-    (out / "last.pt.partial-99999999").touch()  # the first was killed
+    (out / f"last.pt.partial-{os.getppid()}").rename(out / "last.pt.partial-99999999")  # it was killed
     assert train.claim_folder(args) == out
 
 
