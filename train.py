@@ -460,7 +460,8 @@ def claim(out):
 def show_plan(args, out, history, model, train_set, val_loader, ranks):
     """Print what is going to happen; returns the metrics of the mean-depth baseline."""
     size = count(model, *args.size)
-    print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}, {ranks} processes")
+    processes = f"{ranks} processes" if ranks > 1 else "1 process"
+    print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}, {processes}")
     print(f"data      {args.data} ({train_set.layout}): "
           f"{len(train_set)} train, {len(val_loader.dataset)} val")
     own = by(MODELS[args.model]["size"])

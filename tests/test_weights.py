@@ -14,7 +14,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import data
 import model
+from eval import evaluate, mean_depth_baseline
 from model import ModelError, build_model, load_encoder, load_model
 
 
@@ -353,3 +355,18 @@ def test_no_file_is_loaded_in_a_way_that_runs_its_code():
     assert len(calls) == 3
     assert all("weights_only=True" in call or "pickle_module=StandInPickle" in call for call in calls), calls
     assert (len(model.StandInUnpickler.TENSORS), len(model.StandInUnpickler.CLASSES)) == (12, 4)
+
+
+def test_the_shipped_network_is_small_says_what_it_is_and_knows_a_room():
+    file = Path(model.__file__).parent / "weights" / "fastdepth.pt"
+    network, config = load_model(file)
+    assert file.stat().st_size <= 8 * 2**20 and config["model"] == "fastdepth"
+    assert all(config[name] for name in ("data", "command", "date", "score"))
+    stored = torch.load(file, weights_only=True)["weights"].values()
+    assert all(value.dtype == torch.half for value in stored if value.is_floating_point())
+    rooms = data.open_dataset("rooms:64", "val", size=config["size"])
+    result, _ = evaluate(network, torch.utils.data.DataLoader(rooms, 8), config["max_depth"])
+    baseline = mean_depth_baseline(rooms, config["max_depth"])  # of these very rooms
+    loader = torch.utils.data.DataLoader(rooms)
+    trivial, _ = evaluate(lambda image: baseline.expand(len(image), -1, -1, -1), loader)
+    assert result["rmse"] < trivial["rmse"] and result["d1"] > 0.4
