@@ -703,7 +703,7 @@ def load_checkpoint(saved):
     for key, kind in CONFIG.items():
         value = config.get(key) if isinstance(config, dict) else None
         found = [type(n) for n in value] if isinstance(value, (list, tuple)) else type(value)
-        if found != kind:
+        if found != kind or kind == [int, int] and min(value) < 1:
             raise ModelError(f"not a checkpoint of train.py: the {key} in its config is {value!r:.80}")
     model = build_model(config["model"], config["max_depth"], **config["options"])
     model.load_state_dict(state_dict_of(saved["weights"]))

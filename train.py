@@ -261,7 +261,9 @@ def load_run(file):
     saved = read_file(file)
     parts = dict(optimizer=dict, scaler=dict, history=list, args=dict)
     if not (isinstance(saved, dict) and saved.get("history")
-            and all(isinstance(saved.get(name), kind) for name, kind in parts.items())):
+            and all(isinstance(saved.get(name), kind) for name, kind in parts.items())
+            and all(isinstance(row, dict) and "rmse" in row for row in saved["history"])
+            and "param_groups" in saved["optimizer"]):
         raise UserError(f"{file}: a network without a run to resume: start a new run with --init {file}")
     return saved
 

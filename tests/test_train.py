@@ -932,7 +932,8 @@ def test_resume_refuses_what_is_no_run_of_this_edition(run, finished, refused):
     saved = load(run / "last.pt")
     bare = {name: saved[name] for name in ("format", "config", "weights")}
     first_edition = saved["config"] | dict(weights=saved["weights"])
-    for wrong in (bare, saved | dict(optimizer=[1]), saved | dict(args=None), saved | dict(history=[]),
+    for wrong in (bare, saved | dict(optimizer=[1]), saved | dict(optimizer={}), saved | dict(history=[1]),
+                  saved | dict(args=None), saved | dict(history=[]),
                   first_edition, saved["weights"], [1, 2]):
         torch.save(wrong, run / "last.pt")
         assert "last.pt" in refused(["--resume", run])
