@@ -160,7 +160,7 @@ def evaluate(predict, loader, max_depth=math.inf, grid=None, frame=None, rows=(0
     """Metrics of predict: (B, 3, H, W) on the CPU -> metres, over a loader of (image, depth, index).
 
     Returns a dict of their means over images, with `images` (counted) and `skipped` (no valid pixel), and a
-    dict of what the means hide: `images`, the metrics of each image as (N,) tensors, NaN where skipped, and
+    dict of details: `images`, the metrics of each image as (N,) tensors, NaN where skipped, and
     `ranges`, a dict for each range of distance that occurs, over all its pixels.
 
     grid, frame, rows, cols, clamp, pooled: see PROTOCOLS.  name: of the network, for progress and errors.
@@ -202,8 +202,8 @@ def evaluate(predict, loader, max_depth=math.inf, grid=None, frame=None, rows=(0
 
 
 def mean_depth_baseline(dataset, max_depth):
-    """The mean depth of each pixel over at most 512 training frames, (1, 1, h, w): the prediction of least
-    squared error that does not look at the image."""
+    """The mean depth of each pixel over at most 512 training frames, (1, 1, h, w): the best prediction, in
+    squared error, that ignores the image."""
     total = seen = 0
     for i in torch.linspace(0, len(dataset) - 1, min(512, len(dataset))).long().tolist():
         depth = dataset[i][1]

@@ -103,6 +103,7 @@ class Encoder(nn.Module):
         self.channels = []  # of the outputs that are returned
 
     def add(self, row, layer, channels, skip):
+        """Append a layer; its output, of that many channels, is returned if `skip` is not empty."""
         self.layers[row] = layer
         if skip:
             self.skips.append(row)
@@ -612,6 +613,7 @@ class StandInPickle:
 
     @staticmethod
     def load(file, **options):
+        """As pickle.load."""
         return StandInUnpickler(file, **options).load()
 
 
@@ -866,6 +868,7 @@ class DepthwiseGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
+        """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H/stride, W/stride)."""
         y = F.conv2d(x, weight, None, stride, padding, groups=len(weight))
         ctx.save_for_backward(x.to(y.dtype), weight)  # autocast may have cast x
         ctx.stride = stride
@@ -874,6 +877,7 @@ class DepthwiseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gradient of the output (B, C, H/stride, W/stride) -> those of x (B, C, H, W) and of the weight."""
         x, weight = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding
         channels = len(weight)
