@@ -54,11 +54,8 @@ from model import (FORMAT, MODELS, ModelError, build_model, count, load_encoder,
 def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer, scaler, scheduler):
     """Train on every image once; returns the mean loss of the batches."""
     network.train()
-    start = time.time()
-    check_every = 1 if args.device == "cpu" else 20  # reading a loss waits for the device
-    unchecked = []
-    total = 0.0
-    for step, (image, depth, index) in enumerate(loader, 1):  # (B, 3, H, W) in [0, 1]; (B, 1, H, W) metres
+    losses = RunningLoss(args, epoch, loader)
+    for image, depth, index in loader:  # (B, 3, H, W) in [0, 1]; (B, 1, H, W) metres
         image = image.to(args.device, memory_format=torch.channels_last, non_blocking=True)
         depth = depth.to(args.device, non_blocking=True)
         with autocast:
@@ -74,13 +71,8 @@ def train_one_epoch(args, epoch, loader, network, autocast, criterion, optimizer
         scaler.update()
         if args.schedule != "plateau":  # which main steps, after validation
             scheduler.step()
-        unchecked.append((step, loss.detach(), index))
-        if len(unchecked) == check_every or step == len(loader):
-            total += finite_sum(unchecked, epoch, loader.dataset)
-            unchecked.clear()
-            name = f"epoch {epoch}/{args.epochs}, step"
-            data.progress(name, step, len(loader), start, f"  loss {total / step:.3f}")
-    return total / len(loader)
+        losses.add(loss.detach(), index)  # stops the run if a loss is not finite
+    return losses.total / len(loader)
 
 
 def main(argv=None):
@@ -382,22 +374,45 @@ def join_processes(args):
     return rank, ranks
 
 
-def finite_sum(unchecked, epoch, dataset):
-    """The sum of the losses of (step, loss, indices), each the mean over all processes.
+class RunningLoss:
+    """The sum of an epoch's losses. Shows progress, and stops the run if a loss is not finite."""
 
-    If one is not finite, all processes exit with code 1, and each names the files that it read.
-    """
-    losses = torch.stack([loss for _, loss, _ in unchecked])
-    if distributed.is_initialized():
-        distributed.all_reduce(losses)
-        losses /= distributed.get_world_size()
-    losses = losses.tolist()
-    for value, (step, _, index) in zip(losses, unchecked):
-        if not math.isfinite(value):
-            files = ", ".join(dataset.files[i] for i in index)
-            sys.exit(f"\nthe loss is {value} in epoch {epoch}, step {step}: "
-                     f"lower --lr, set --clip, or look at {files}")
-    return sum(losses)
+    def __init__(self, args, epoch, loader):
+        self.epoch = epoch
+        self.loader = loader
+        self.name = f"epoch {epoch}/{args.epochs}, step"
+        self.start = time.time()
+        self.every = 1 if args.device == "cpu" else 20  # reading a loss waits for the device
+        self.unread = []  # (step, loss, indices of the samples)
+        self.step = 0
+        self.total = 0.0
+
+    def add(self, loss, index):
+        """The loss of the next step, and the indices of its samples."""
+        self.step += 1
+        self.unread.append((self.step, loss, index))
+        if len(self.unread) == self.every or self.step == len(self.loader):
+            self.read()
+            mean = f"  loss {self.total / self.step:.3f}"
+            data.progress(self.name, self.step, len(self.loader), self.start, mean)
+
+    def read(self):
+        """Add what is unread to the total, each loss as its mean over all processes.
+
+        If one is not finite, all processes exit with code 1, and each names the files that it read.
+        """
+        losses = torch.stack([loss for _, loss, _ in self.unread])
+        if distributed.is_initialized():
+            distributed.all_reduce(losses)
+            losses /= distributed.get_world_size()
+        losses = losses.tolist()
+        for value, (step, _, index) in zip(losses, self.unread):
+            if not math.isfinite(value):
+                files = ", ".join(self.loader.dataset.files[i] for i in index)
+                sys.exit(f"\nthe loss is {value} in epoch {self.epoch}, step {step}: "
+                         f"lower --lr, set --clip, or look at {files}")
+        self.total += sum(losses)
+        self.unread.clear()
 
 
 def validate(args, epoch, loader, model, rank):

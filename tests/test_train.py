@@ -537,14 +537,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     go(flags, f"{more} --out {tmp_path}/whole")
     steps = itertools.count(1)
-    finite_sum = train.finite_sum
+    read = train.RunningLoss.read
 
-    def interrupted(*args):
+    def interrupted(losses):
         if next(steps) == stop_at:
             raise KeyboardInterrupt
-        return finite_sum(*args)
+        read(losses)
 
-    monkeypatch.setattr(train, "finite_sum", interrupted)
+    monkeypatch.setattr(train.RunningLoss, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(flags, more)
     assert f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
@@ -560,15 +560,15 @@ KILLED = {
     "before last.pt of epoch 1": 'at_call(os, "replace", 1, kill)',
     "before best.pt of epoch 1": 'at_call(os, "replace", 2, kill)',
     "before log.csv of epoch 1": 'at_call(os, "replace", 3, kill)',
-    "in epoch 2": 'at_call(train, "finite_sum", 4, kill)',
+    "in epoch 2": 'at_call(train.RunningLoss, "read", 4, kill)',
     "before last.pt of epoch 2": 'at_call(os, "replace", 5, kill)',  # the first remains the best
     "before log.csv of epoch 2": 'at_call(os, "replace", 6, kill)',
     "before the samples": 'at_call(train, "finish", 1, kill)',
 }
 ENDINGS = KILLED | {
     "main is called": 'at_call(train, "finish", 1, kill); data.run_script = lambda main, *_: main()',
-    "Ctrl-C in epoch 1": 'at_call(train, "finite_sum", 1, ctrl_c)',
-    "Ctrl-C in epoch 2": 'at_call(train, "finite_sum", 3, ctrl_c); sys.argv += ["--workers", "1"]',
+    "Ctrl-C in epoch 1": 'at_call(train.RunningLoss, "read", 1, ctrl_c)',
+    "Ctrl-C in epoch 2": 'at_call(train.RunningLoss, "read", 3, ctrl_c); sys.argv += ["--workers", "1"]',
     "full disk": "full_disk()",
 }
 SCRIPT = """
@@ -682,13 +682,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(device, run
 
 def test_a_loss_is_looked_at_every_20_steps_so_that_nothing_waits_for_the_device(flags, monkeypatch):
     looked = []
-    finite_sum = train.finite_sum
+    read = train.RunningLoss.read
 
-    def spy(unchecked, *rest):
-        looked.append([step for step, _, _ in unchecked])
-        return finite_sum(unchecked, *rest)
+    def spy(losses):
+        looked.append([step for step, _, _ in losses.unread])
+        read(losses)
 
-    monkeypatch.setattr(train, "finite_sum", spy)
+    monkeypatch.setattr(train.RunningLoss, "read", spy)
     more = "--epochs 1 --data rooms:48 --limit 48 --batch-size 2 --size 32 32 --device cpu:0"
     go(flags, more)
     assert looked == [list(range(1, 21)), list(range(21, 25))]
