@@ -502,7 +502,7 @@ def evaluate_command(args, predict, config):
     flip = ", flip" if args.flip else ""
     print(f"{args.model} ({config['runs_on']}) on {args.data} {args.split}: protocol {args.protocol}, "
           f"seen at {by(shown)} ({geometry}{flip}); {result['images']} images, "
-          f"{result['skipped']} more without depth")
+          f"{result['skipped']} skipped (no depth)")
     print("  ".join(f"{name:>8}" for name in METRICS))
     print("  ".join(f"{result[name]:8.4f}" for name in METRICS))
     print(f"\nby distance, all pixels pooled\n{'metres':>10}{'share':>9}{'rmse':>9}{'absrel':>9}{'d1':>9}")

@@ -493,8 +493,8 @@ def show_plan(args, out, history, model, train_set, val_loader, ranks):
     frames.augment = "none"
     mean = mean_depth_baseline(frames, args.max_depth)
     baseline, _ = evaluate(lambda image: mean.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
-    print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f}: "
-          "always the mean depth of each pixel")
+    print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f} "
+          "(mean depth of each pixel)")
     print(f"results   {out}\n")
     print("epoch        lr    loss    rmse  absrel      d1      d2      d3  seconds", flush=True)
     return baseline
