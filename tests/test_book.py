@@ -15,6 +15,7 @@ from PIL import Image
 import export
 import train
 from model import MODELS, build_model
+from test_data import frame, save_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "README.md"]
@@ -48,22 +49,17 @@ def in_miniature(command):
 def home(tmp_path, monkeypatch):
     """A folder with what the pages take for granted: weights, an NYU folder and photos; few default rooms."""
     (tmp_path / "weights").symlink_to(ROOT / "weights")
-    rng = np.random.default_rng(0)
-    for folder in ("nyu/rgb", "nyu/depth", "photos"):
-        (tmp_path / folder).mkdir(parents=True)
-    rows = ["frame,scene"]
     for i in range(20):
-        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(tmp_path / f"nyu/rgb/{i:05d}.jpg")
-        depth = rng.integers(800, 8000, (48, 64)).astype(np.uint16)
-        Image.fromarray(depth).save(tmp_path / f"nyu/depth/{i:05d}.png")
-        rows.append(f"{i:05d},room_{i // 2:04d}")
-    (tmp_path / "nyu/scenes.csv").write_text("\n".join(rows) + "\n")
+        save_pair(tmp_path / "nyu", f"{i:05d}", height=48, width=64, seed=i)
+    scenes = [f"{i:05d},room_{i // 2:04d}\n" for i in range(20)]
+    (tmp_path / "nyu/scenes.csv").write_text("".join(["frame,scene\n", *scenes]))
     (tmp_path / "nyu/dev").mkdir()
     for part, first in (("train", 0), ("val", 12)):
-        lines = [f"rgb/{i:05d}.jpg depth/{i:05d}.png\n" for i in range(first, first + 8)]
+        lines = [f"rgb/{i:05d}.png depth/{i:05d}.png\n" for i in range(first, first + 8)]
         (tmp_path / f"nyu/dev/{part}.txt").write_text("".join(lines))
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photos/photo.jpg")
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/photo.jpg"):
+        Image.fromarray(frame(60, 80)[0]).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "ROOMS", 16)
     return tmp_path

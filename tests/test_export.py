@@ -3,18 +3,17 @@ import itertools
 import json
 import logging
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import full_disk, save_hdf5
 from PIL import Image
 from torch import nn
 
@@ -22,7 +21,7 @@ import data
 import eval
 import export
 from eval import load_predictor
-from model import ModelError, build_model, load_model
+from model import build_model, load_model
 
 SIZE = 64, 192  # not square: exchanged height and width would show
 WHOLE = 96, 224  # of the file for whole images (a whole frame is exactly 70x210: 64x224 if the size is free)
@@ -73,11 +72,8 @@ def frames(tmp_path_factory):
     root = tmp_path_factory.mktemp("frames")
     for part, n in (("val", 5), ("train", 8)):
         for k, image in enumerate(blobs(n, 480, 640, seed=n)):
-            file = root / part / "scene" / f"{k}.h5"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(file, "w") as h5:
-                h5["rgb"] = (image * 255).byte().numpy()
-                h5["depth"] = image.sum(0).numpy() + 1
+            rgb = (image * 255).byte().permute(1, 2, 0).numpy()
+            save_hdf5(root / part / f"scene/{k}.h5", rgb, image.sum(0).numpy() + 1)
     return root
 
 
@@ -267,8 +263,10 @@ def test_an_export_that_is_interrupted_while_it_compares_leaves_nothing(checkpoi
     assert not list(tmp_path.iterdir())
 
 
-def test_the_comparison_is_on_real_images(checkpoint, exported, frames, tmp_path, monkeypatch):
-    convert_at_once(monkeypatch, exported)
+@pytest.mark.parametrize("which, size, geometry", [("exported", SIZE, "fastdepth"), ("whole", WHOLE, "full")])
+def test_the_comparison_is_on_real_images_as_the_file_takes_them(which, size, geometry, checkpoint, frames,
+                                                                 request, tmp_path, monkeypatch, capsys):
+    convert_at_once(monkeypatch, request.getfixturevalue(which))
     seen = []
 
     def spying(file, **options):
@@ -276,25 +274,15 @@ def test_the_comparison_is_on_real_images(checkpoint, exported, frames, tmp_path
         return lambda image: predict(seen.append(image) or image), config
 
     monkeypatch.setattr(export, "load_predictor", spying)
-    for source in [], ["--data", str(frames)]:
-        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx"), *source])
+    flags = ["--out", str(tmp_path / "best.onnx"), "--size", *map(str, size)]
+    for source in ("rooms:72", str(frames)):
+        export.main([str(checkpoint), *flags, "--data", source])
+    assert f"takes {size[0]}x{size[1]} ({geometry})" in capsys.readouterr().out
     rooms, _, stored, _ = seen
-    assert rooms.shape == (8, 3, *SIZE) and 0 <= rooms.min() and 0.5 < rooms.max() <= 1 and rooms.std() > 0.05
-    expected = data.open_dataset(frames, "val", SIZE)
+    assert rooms.shape == (8, 3, *size)  # of nine
+    assert 0 <= rooms.min() and 0.5 < rooms.max() <= 1 and rooms.std() > 0.05
+    expected = data.open_dataset(frames, "val", size, geometry=geometry)
     torch.testing.assert_close(stored, torch.stack([expected[i][0] for i in range(5)]))
-
-
-def test_a_file_for_whole_images_is_compared_on_whole_images(checkpoint, whole, frames, tmp_path, monkeypatch,
-                                                             capsys):
-    args = export.make_parser().parse_args(["best.pt", "--data", str(frames)])
-    found = export.real_input(args, WHOLE, "full", "train", 4)
-    dataset = data.open_dataset(frames, "train", WHOLE, geometry="full", limit=4)
-    torch.testing.assert_close(found, torch.stack([dataset[i][0] for i in range(4)]))
-
-    convert_at_once(monkeypatch, whole)
-    out = str(tmp_path / "best.onnx")
-    export.main([str(checkpoint), "--out", out, "--size", *map(str, WHOLE)])
-    assert f"takes {WHOLE[0]}x{WHOLE[1]} (full)" in capsys.readouterr().out
 
 
 def test_lanes_take_turns_and_their_times_are_milliseconds(monkeypatch):
@@ -351,13 +339,8 @@ def test_a_file_that_opencv_cannot_read_is_skipped_in_one_line(tmp_path, capfd):
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file may grow beyond 100 bytes
-    try:
-        with pytest.raises(data.UserError, match="best.onnx: cannot be written"):
-            export.export_onnx(nn.Conv2d(3, 1, 1), tmp_path / "best.onnx", SIZE, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(data.UserError, match="best.onnx: cannot be written"), full_disk(100):
+        export.export_onnx(nn.Conv2d(3, 1, 1), tmp_path / "best.onnx", SIZE, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -444,7 +427,7 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (eval, "OLD.onnx --images photo.png", "OLD.onnx: was not written by this version of export.py"),
     (eval, "FOREIGN.onnx --images photo.png", "FOREIGN.onnx: was not written by this version")])
 def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, checkpoint, exported, whole,
-                                                         frames, tmp_path, monkeypatch, capfd):
+                                                         frames, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = {"MODEL": checkpoint, "FILE.onnx": exported, "WHOLE.onnx": whole, "FRAMES": frames}
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("photo.png")
@@ -458,11 +441,6 @@ def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, c
             onnx.helper.set_model_props(network, {"fastdepth": metadata})
         onnx.save(network, f"{name}.onnx")
     before = sorted(Path().iterdir())
-    arguments = [str(words.get(word, word)) for word in flags.split()]
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        data.run_script(script.main, ModelError)
-    error = capfd.readouterr().err
-    assert stop.value.code == 2 and named in error.replace("best.onnx", "FILE.onnx")
-    assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1, error
+    line = refused(script, [words.get(word, word) for word in flags.split()])
+    assert named in line.replace("best.onnx", "FILE.onnx")
     assert sorted(Path().iterdir()) == before

@@ -1,6 +1,5 @@
 """Each layout of data.py in miniature, in exactly the form in which the data set is published, and packs."""
 import os
-import resource
 import shutil
 import signal
 import time
@@ -11,12 +10,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk, save_hdf5
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
 from data import AUGMENTS, find_samples, open_dataset, write_pack
-from test_data import complains, frame, save, save_hdf5, save_pair, script
+from test_data import complains, frame, save, save_pair, script
 
 
 def touch(root, *names):
@@ -198,10 +198,7 @@ IMAGE, DEPTH = frame()
     ("train/s/0.h5", dict(rgb=IMAGE.transpose(2, 0, 1), depth=DEPTH[:, :28]), "24x32 and its depth 24x28"),
     ("depth/0.png", IMAGE, r"must be \(H, W\) numbers, not \(24, 32, 3\)"),
     ("depth/0.png", Image.fromarray(IMAGE).convert("P"), "cannot be read as depth .*palette"),
-    ("depth/0.npy", np.array([["near", "far"]]), r"must be \(H, W\) numbers"),
     ("depth/0.npy", np.array([[{}]], object), "cannot be read as depth"),
-    ("depth/0.npy", np.zeros((24, 32)), "no pixel of this depth map is measured"),
-    ("depth/0.npy", DEPTH * 1000, "m: floats must be metres"),
 ])
 def test_a_file_that_holds_something_else_is_named(tmp_path, name, content, complaint):
     save(tmp_path / "rgb/0.png", IMAGE)
@@ -222,15 +219,10 @@ def test_a_folder_may_be_called_as_a_file(tmp_path, name):
     assert len(open_dataset(save_pair(tmp_path / name), "all")) == 1
 
 
-@pytest.mark.parametrize("name, complaint", [
-    ("none", "no such file or folder"),
-    ("letters", "no image has a depth map"),
-    ("a.jpg", "no image has a depth map"),
-])
-def test_a_missing_folder_and_an_unknown_layout_are_named(tmp_path, name, complaint):
-    touch(tmp_path, "letters/a.md", "a.jpg")
-    with complains(f"{name}: {complaint}"):
-        open_dataset(tmp_path / name, "train")
+def test_a_lone_image_is_no_data_set(tmp_path):
+    touch(tmp_path, "a.jpg")
+    with complains("a.jpg: no image has a depth map"):
+        find_samples(tmp_path / "a.jpg")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,7 +250,6 @@ def test_the_labelled_file_has_the_official_split_and_is_read_upright_filled_in_
     samples = find_samples(mat)[1]
     test = [i for i, sample in enumerate(samples) if sample.part == "test"]
     assert len(samples) == 1449 and len(test) == 654 and samples[59].scene == "room_0019"
-    assert test[:6] == [0, 1, 8, 13, 14, 15] and test[-10:] == [1432, *range(1440, 1449)]
     assert zlib.crc32(" ".join(map(str, test)).encode()) == 160099413  # of the published list
     assert all(sample.part in ("train", "val") for i, sample in enumerate(samples) if i not in test)
     assert find_samples(tmp_path)[1] == samples  # the folder will do
@@ -402,7 +393,7 @@ def test_a_pack_keeps_half_a_millimetre_and_drops_what_it_cannot_hold(tmp_path):
     assert (packed[depth > 65.535] == 0).all()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:This DataLoader")  # the second: of machines with one core
 def test_workers_share_a_pack_and_its_frames_are_free_to_be_written_on(pack):
     dataset = open_dataset(pack, "all", size=None)
     expected = torch.stack([dataset[i][0] for i in range(10)])
@@ -415,7 +406,7 @@ def test_workers_share_a_pack_and_its_frames_are_free_to_be_written_on(pack):
 def test_a_pack_does_not_depend_on_how_many_worked(pack, originals, monkeypatch):
     first = pack.read_bytes()
     for cores in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
         write_pack(pack, originals)
         assert pack.read_bytes() == first
 
@@ -442,13 +433,8 @@ def test_where_there_is_no_room_nothing_is_begun(originals, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("size", [None, (8, 8)], ids=["while it writes", "while it closes"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(originals, tmp_path, size):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    try:
-        with complains("set.h5: cannot be written .File too large.: make room"):
-            write_pack(tmp_path / "set.h5", originals, size)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with complains("set.h5: cannot be written .File too large.: make room"), full_disk(3000):
+        write_pack(tmp_path / "set.h5", originals, size)
     assert names_in(tmp_path) == ["set"]
 
 

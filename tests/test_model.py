@@ -24,11 +24,6 @@ FOLDER = Path(script.__file__).parent
 every_network = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def seasoned(name, **options):
     """A network as after training: batch norm far from its start, values beyond 6, predictions below 0."""
     torch.manual_seed(0)
@@ -109,31 +104,6 @@ def test_the_output_sizes_in_the_comments_of_the_tables_are_those_that_run(table
 # ------------------------------------------------------------------------------------------------------------
 
 
-def sizes(model, height=224, width=224):
-    """(parameters, conv weights, MACs as the papers draw the network).
-
-    The papers put NNConv5's head after the last x2. `count` counts what runs, the head before it, at a
-    quarter of the pixels: three quarters of the drawn head's multiplications are missing, and are added here.
-    """
-    n = count(model, height, width)
-    head = 0
-    if isinstance(model.decoder, script.NNConv5):
-        head = 3 / 4 * model.decoder.head.conv.in_channels * height * width
-    return n["parameters"], n["conv_weights"], n["macs"] + head
-
-
-@pytest.mark.parametrize("name, height, width, parameters, conv_weights, macs", [
-    ("fastdepth", 224, 224, 3_960_930, 3_933_088, 736_658_944),
-    ("fastdepth-pruned", 224, 224, 1_360_786, 1_343_664, 366_393_384),
-    ("fastdepth-table", 224, 224, 15_781_601, 15_755_744, 6_246_485_504),
-    ("mobilenetv2-nnconv5", 224, 224, 1_860_474, 1_827_576, 295_740_480),
-    ("densedepth", 480, 640, 42_657_689, 42_494_504, 122_676_633_600),
-    ("fpn", 480, 640, 45_402_561, 45_295_360, 67_816_243_200),
-])
-def test_sizes_are_those_of_the_design(name, height, width, parameters, conv_weights, macs):
-    assert sizes(on_meta(name), height, width) == (parameters, conv_weights, macs)
-
-
 @pytest.mark.parametrize("conv, skip, million_parameters, billion_macs", [
     ("dense", "none", 20.668, 3.781),
     ("depthwise", "none", 3.961, 0.737),
@@ -141,9 +111,12 @@ def test_sizes_are_those_of_the_design(name, height, width, parameters, conv_wei
     ("depthwise", "concat", 4.016, 0.849),
 ])
 def test_ablations_have_the_sizes_of_the_paper(conv, skip, million_parameters, billion_macs):
+    """The papers put the head after the last x2. `count` counts what runs: a quarter of the drawn head."""
     with torch.device("meta"):
-        parameters, _, macs = sizes(build_model("fastdepth", conv=conv, skip=skip))
-    assert (round(parameters / 1e6, 3), round(macs / 1e9, 3)) == (million_parameters, billion_macs)
+        model = build_model("fastdepth", conv=conv, skip=skip)
+    n = count(model)
+    macs = n["macs"] + 3 / 4 * model.decoder.head.conv.in_channels * 224 * 224
+    assert (round(n["parameters"] / 1e6, 3), round(macs / 1e9, 3)) == (million_parameters, billion_macs)
 
 
 def test_counting_agrees_with_pytorch_and_changes_nothing():
@@ -259,12 +232,6 @@ def test_fastdepth_gives_bitwise_what_the_paper_draws_though_its_head_comes_befo
     assert torch.equal(depth, draw_fastdepth(model, image, **options))
 
 
-@torch.no_grad()
-def test_the_layer_table_gives_what_its_rows_say():
-    model, image = seasoned("fastdepth-table"), torch.rand(2, 3, 64, 96)
-    torch.testing.assert_close(model(image), draw_layer_table(model, image))
-
-
 @pytest.mark.parametrize("kind, channels, draw", [
     (script.DenseDepthDecoder, (4, 6, 8, 10, 32), draw_densedepth),
     (functools.partial(script.FeaturePyramid, width=8), (3, 4, 5, 6, 7), draw_fpn),
@@ -334,7 +301,6 @@ def test_a_size_that_is_no_multiple_of_32_is_refused_with_the_numbers(name, heig
 
 @pytest.mark.parametrize("name, options, said", [
     ("resnet", {}, "resnet.*fastdepth-pruned"),
-    ("fastdepth-v2", {}, "fastdepth-v2.*mobilenetv2-nnconv5"),
     ("fastdepth", dict(output="tanh"), "tanh.*sigmoid"),
     ("fastdepth", dict(skip="maybe"), "maybe"),
     ("fastdepth", dict(conv="sparse"), "sparse"),
@@ -531,36 +497,11 @@ def test_a_file_needs_nothing_but_torch(file):
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-TRAINING = """
-import torch, model, loss
-network = model.build_model("fastdepth-pruned")
-criterion = loss.make_loss("l1")
-optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-image, depth = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64) * 10
-for step in range(10):
-    cost = criterion(network(image), depth, depth > 0)
-    optimizer.zero_grad()
-    cost.backward()
-    optimizer.step()
-    print(f"{cost.item():.3f}")
-"""
-
-
-def test_model_and_loss_copied_into_an_empty_folder_print_and_train(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def run(*command):
-        command = [sys.executable, *command]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_model_and_loss_run_alone_in_an_empty_folder(tmp_path):
+    for file in ("model.py", "loss.py"):
+        shutil.copy(FOLDER / file, tmp_path)
+        done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    shutil.copy(FOLDER / "model.py", tmp_path)
-    table = run("model.py")
-    assert all(text in table for text in (*MODELS, "3,960,930", "1,343,664", "15,755,744", "122.6766"))
-    shutil.copy(FOLDER / "loss.py", tmp_path)
-    costs = [float(line) for line in run("-c", TRAINING).split()]
-    assert len(costs) == 10 and costs[-1] < costs[0]
 
 
 def test_the_command_prints_a_network_layer_by_layer(monkeypatch, capsys):
