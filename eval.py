@@ -4,14 +4,8 @@
     python eval.py best.pt --data nyu --split test --protocol eigen --json nyu.json
     python eval.py best.pt --images photos --out depth                # depth of your own photos
 
-Metrics are computed per image, then averaged over images. A protocol says what is compared, and where:
-
-    own         what the network was trained and validated on: its size, geometry and range
-    fastdepth   the 224x224 view of the FastDepth papers (crop, nearest), every measured pixel
-    eigen       480x640 frames, rows 45:471, columns 41:601, 1 mm to 10 m, prediction clamped to it
-    densedepth  480x640 frames, rows 20:460, columns 24:616, prediction clamped to 0.1 to 10 m, all pixels
-                pooled, averaged with the prediction of the horizontal flip
-    garg        KITTI: rows 41 % to 99 %, columns 4 % to 96 %, 1 mm to 80 m, prediction clamped to it
+Metrics are computed per image, then averaged over images. PROTOCOLS says what each --protocol compares, and
+where. The default, own, is the view that the network was trained and validated on.
 """
 import argparse
 import glob
@@ -93,19 +87,21 @@ def metrics_of(errors):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Protocols
+# Protocols and evaluation
 # ------------------------------------------------------------------------------------------------------------
 
-# A protocol fixes the grid of the ground truth (if it says none, the frame's own), and which of its pixels
-# count. The network sees the same view at the scale of its own training.
+# A protocol fixes the grid of the ground truth (if it says none, the frame's own) and the pixels that count:
+# rows and columns, in pixels or as shares of the frame, and depth up to max_depth metres. Predictions are
+# clamped to `clamp`, and with `flip` averaged with that of the horizontal flip. `pooled` means over all
+# pixels, not over images. The network sees the same view at the scale of its own training.
 PROTOCOLS = {
-    "own": dict(),  # all as the network's config has it
-    "fastdepth": dict(grid=((224, 224), "fastdepth"), max_depth=math.inf),
+    "own": dict(),  # size, geometry and max_depth of the network's config
+    "fastdepth": dict(grid=((224, 224), "fastdepth"), max_depth=math.inf),  # every measured pixel
     "eigen": dict(frame=(480, 640), rows=(45, 471), cols=(41, 601), clamp=(1e-3, 10.0), max_depth=10.0),
     "densedepth": dict(frame=(480, 640), rows=(20, 460), cols=(24, 616), clamp=(0.1, 10.0), max_depth=10.0,
                        pooled=True, flip=True),
     "garg": dict(rows=(0.40810811, 0.99189189), cols=(0.03594771, 0.96405229), clamp=(1e-3, 80.0),
-                 max_depth=80.0),
+                 max_depth=80.0),  # KITTI
 }
 
 
@@ -147,11 +143,6 @@ def check_finite(depth, name):
     """UserError if a prediction contains NaN or infinity."""
     if not depth.isfinite().all():
         raise UserError(f"{name or 'the network'}: predicts NaN or infinity: its weights are damaged")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -361,7 +352,8 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
             raise UserError(f"--focal {focal:g}: is not in pixels: {file} has {by(frame)} of them")
         shown = size or whole_image_size(frame, pixels, config)
         seen = shrink(image, FOCAL * max(640, *config["frame"]) / pixels)  # then by nearest, as in training
-        depth = predict(network_input(seen, shown, geometry)).float().cpu()
+        seen = torch.tensor(seen).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        depth = predict(view(seen, shown, geometry).float() / 255).float().cpu()
         check_finite(depth, name)
         depth = depth * depth_factor(pixels, frame, shown, geometry, config)
         small = shrink(image, LONGEST / max(frame))
@@ -376,11 +368,6 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
               f"written at {by(depth.shape)}")
     if failed:
         raise UserError(f"{failed} of {len(files)} images could not be read")
-
-
-def network_input(image, size, geometry):
-    """(H, W, 3) uint8 -> (1, 3, h, w) in [0, 1]."""
-    return view(torch.tensor(image).permute(2, 0, 1)[None], size, geometry).float() / 255
 
 
 def write_depth(path, depth, image, focal=None):
@@ -410,15 +397,13 @@ def point_cloud(depth, image, focal):
     right, y down, z forward, in metres."""
     height, width = depth.shape
     v, u = np.mgrid[:height, :width] + 0.5  # the centres of pixels
-    points = np.zeros(depth.shape, dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("rgb", "u1", 3)])
-    points["x"] = (u - width / 2) / focal * depth
-    points["y"] = (v - height / 2) / focal * depth
-    points["z"] = depth
-    points["rgb"] = image
-    points = points[depth > 0]
-    properties = [f"property float {axis}" for axis in "xyz"]
-    properties += [f"property uchar {colour}" for colour in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *properties]
+    x = (u - width / 2) / focal * depth
+    y = (v - height / 2) / focal * depth
+    columns = [x, y, depth, *image.transpose(2, 0, 1)]
+    points = np.rec.fromarrays(columns, formats="<f4,<f4,<f4,u1,u1,u1")[depth > 0]
+    properties = ("float x", "float y", "float z", "uchar red", "uchar green", "uchar blue")
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}",
+              *(f"property {name}" for name in properties)]
     return "\n".join([*header, "end_header", ""]).encode() + points.tobytes()
 
 
@@ -427,8 +412,7 @@ def point_cloud(depth, image, focal):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def make_parser():
-    """The flags."""
+def main(argv=None):
     parser = data.make_parser("Evaluate a network on a data set, or predict the depth of images.")
     add = parser.add_argument
     add("model", help="a .pt file of train.py or an .onnx file of export.py")
@@ -453,11 +437,8 @@ def make_parser():
     add("--focal", type=data.positive(float), metavar="PIXELS",
         help="focal length in pixels (default: 0.81 x the longer side)")
     add("--ply", action="store_true", help="also write a coloured point cloud")
-    return parser
+    args = parser.parse_args(argv)
 
-
-def main(argv=None):
-    args = make_parser().parse_args(argv)
     if (args.data is None) == (args.images is None):
         raise UserError("give --data to evaluate, or --images to predict")
     if args.data and args.geometry and args.protocol != "own":

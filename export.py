@@ -34,10 +34,6 @@ from model import ModelError, count, fold_batch_norm, load_model
 
 TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. Summing float32 in another order changes a hundredth of that
 
-# ------------------------------------------------------------------------------------------------------------
-# ONNX files
-# ------------------------------------------------------------------------------------------------------------
-
 
 def export_onnx(model, file, size, config, dynamic=False):
     """Write the network as one ONNX file. dynamic also frees height and width (multiples of 32)."""
@@ -78,11 +74,6 @@ def export_int8(model, file, size, config, images):
             calibrate_method=CalibrationMethod.MinMax)  # the others take minutes and gain nothing
         with whole_file(file) as f:
             f.write(narrow.read_bytes())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Comparison and speed
-# ------------------------------------------------------------------------------------------------------------
 
 
 def real_input(args, size, geometry, split, n):
@@ -153,13 +144,7 @@ def opencv_lane(file, image, threads):
     return {f"OpenCV {cv2.__version__}": run}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
-
-
 def make_parser():
-    """The flags."""
     parser = data.make_parser("Export a checkpoint to ONNX and check the file.")
     add = parser.add_argument
     add("model", help="a .pt file of train.py")

@@ -19,7 +19,7 @@ import signal
 import warnings
 from collections import OrderedDict
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 if __name__ == "__main__":  # no traceback on Ctrl-C during the slow import below, or from `| head -1`
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Windows has no SIGPIPE
@@ -185,13 +185,7 @@ class NNConv5(nn.Module):
 
 
 class DepthHead(nn.Module):
-    """The last layer of every decoder: a convolution to one number y per pixel, and y as metres.
-
-    relu        max(y, 0)                        FastDepth; 0 is a possible prediction
-    linear      y                                the layer table; may be negative
-    reciprocal  max_depth / (1 + softplus(y))    DenseDepth, which learns max_depth / depth; in (0, max_depth)
-    sigmoid     max_depth * sigmoid(y)           in (0, max_depth); may replace any of the others
-    """
+    """The last layer of every decoder: a convolution to one number y per pixel, and y as metres."""
     OUTPUTS = ("relu", "linear", "reciprocal", "sigmoid")
 
     def __init__(self, cin, kernel, output, max_depth, batch_norm=False):
@@ -208,13 +202,13 @@ class DepthHead(nn.Module):
 
     def forward(self, x):
         y = self.bn(self.conv(x))
-        if self.output == "relu":
+        if self.output == "relu":  # FastDepth; 0 is a possible prediction
             return F.relu(y)
-        if self.output == "reciprocal":
+        if self.output == "reciprocal":  # DenseDepth, which learns max_depth / depth; in (0, max_depth)
             return self.max_depth / (1 + F.softplus(y))
-        if self.output == "sigmoid":
+        if self.output == "sigmoid":  # in (0, max_depth); may replace any of the others
             return self.max_depth * torch.sigmoid(y)
-        return y
+        return y  # linear, the layer table; may be negative
 
     def y_of(self, depth):
         """The y that means `depth` metres."""
@@ -401,16 +395,14 @@ class DenseLayer(nn.Module):
         return torch.cat([x, y], 1)
 
 
-class Transition(nn.Module):
+def transition(cin, cout):
     """BN, ReLU, 1x1, mean of 2x2 pixels: (B, cin, H, W) -> (B, cout, H/2, W/2)."""
-
-    def __init__(self, cin, cout):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(cin)
-        self.conv = nn.Conv2d(cin, cout, 1, bias=False)
-
-    def forward(self, x):
-        return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+    return nn.Sequential(OrderedDict(
+        norm=nn.BatchNorm2d(cin),
+        act=nn.ReLU(),
+        conv=nn.Conv2d(cin, cout, 1, bias=False),
+        pool=nn.AvgPool2d(2),
+    ))
 
 
 class DenseNet169(ImageNetEncoder):
@@ -425,7 +417,7 @@ class DenseNet169(ImageNetEncoder):
             if row.startswith("dense"):
                 block = nn.Sequential(*[DenseLayer(cin + 32 * i) for i in range(layers)])
             elif row.startswith("transition"):
-                block = Transition(cin, cout)
+                block = transition(cin, cout)
             else:
                 block = nn.BatchNorm2d(cout)
             self.add(row, block, cout, skip)
@@ -595,6 +587,7 @@ class StandInUnpickler(pickle.Unpickler):
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
         "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
+        "torch.nn.backends.thnn._get_thnn_function_backend",  # of PyTorch up to 1.2; it returns None
         "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",  # a best_result
     )
 
@@ -613,7 +606,6 @@ class StandInPickle:
 
     @staticmethod
     def load(file, **options):
-        """As pickle.load."""
         return StandInUnpickler(file, **options).load()
 
 
@@ -716,16 +708,15 @@ def load_published(saved):
     """A module that FastDepth's authors pickled, or a dict with one as "model" -> the network, its config."""
     module = saved.get("model") if isinstance(saved, dict) else saved
     kind = type(module).__name__
-    skips = dict(MobileNetSkipAdd="add", MobileNetSkipConcat="concat", MobileNet="none")
-    if not isinstance(module, nn.Module) or kind not in skips:
+    options = dict(MobileNetSkipAdd={}, MobileNetSkipConcat=dict(skip="concat"), MobileNet=dict(skip="none"))
+    if not isinstance(module, nn.Module) or kind not in options:
         raise ModelError(f"neither a checkpoint of train.py nor a published FastDepth, but {kind}")
     state = state_dict_of(module)
     stem = next(iter(state.values()))  # (filters, 3, 3, 3)
     name = "fastdepth-pruned" if len(stem) == 16 else "fastdepth"
-    options = dict(skip=skips[kind]) if skips[kind] != "add" else {}
-    model = build_model(name, **options)
+    model = build_model(name, **options[kind])
     load_by_order(model, state)
-    return model, dict(model=name, options=options, max_depth=10.0, frame=(480, 640), **SMALL)
+    return model, dict(model=name, options=options[kind], max_depth=10.0, frame=(480, 640), **SMALL)
 
 
 # Encoder -> torchvision's file, if it has one, and what an ImageNet file holds beyond the encoder.
@@ -797,12 +788,9 @@ def count(model, height=224, width=224):
 
     conv_weights leaves out biases and batch norm, as FastDepth's figures do.
     """
-    rows = layers(model, height, width)
-    return dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        conv_weights=sum(weights for _, _, weights, _ in rows),
-        macs=sum(macs for _, _, _, macs in rows),
-    )
+    _, _, weights, macs = zip(*layers(model, height, width))
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(parameters=parameters, conv_weights=sum(weights), macs=sum(macs))
 
 
 @torch.no_grad()
@@ -871,15 +859,14 @@ class DepthwiseGradient(torch.autograd.Function):
         """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H/stride, W/stride)."""
         y = F.conv2d(x, weight, None, stride, padding, groups=len(weight))
         ctx.save_for_backward(x.to(y.dtype), weight)  # autocast may have cast x
-        ctx.stride = stride
-        ctx.padding = padding
+        ctx.options = stride, padding
         return y
 
     @staticmethod
     def backward(ctx, grad):
         """Gradient of the output (B, C, H/stride, W/stride) -> those of x (B, C, H, W) and of the weight."""
         x, weight = ctx.saved_tensors
-        stride, padding = ctx.stride, ctx.padding
+        stride, padding = ctx.options
         channels = len(weight)
 
         # Of x. In bfloat16 the kernel for stride 2 is slow, and the one for float32 is not.
@@ -892,12 +879,10 @@ class DepthwiseGradient(torch.autograd.Function):
             grad_weight = torch.empty_like(weight)
             padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
             rows, columns = grad.shape[2] + 2, grad.shape[3] + 2
-            for i in (0, 2):
-                for j in (0, 2):
-                    moved = padded[:, :, i:i + rows, j:j + columns]
-                    moved = moved.contiguous(memory_format=torch.channels_last)
-                    corner = conv2d_weight(moved, (channels, 1, 3, 3), grad, groups=channels)
-                    grad_weight[:, :, i:i + 3, j:j + 3] = corner
+            for i, j in product((0, 2), (0, 2)):
+                moved = padded[:, :, i:i + rows, j:j + columns].contiguous(memory_format=torch.channels_last)
+                corner = conv2d_weight(moved, (channels, 1, 3, 3), grad, groups=channels)
+                grad_weight[:, :, i:i + 3, j:j + 3] = corner
         else:
             grad_weight = conv2d_weight(x, weight.shape, grad, stride, padding, groups=channels)
         return grad_x, grad_weight, None, None

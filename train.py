@@ -90,19 +90,16 @@ def main(argv=None):
         autocast = torch.autocast(kind, AMP[args.amp], enabled=args.amp != "none")
         scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")  # otherwise a no-op
         criterion = make_loss(args.loss, args.max_depth)
-        make_optimizer = OPTIMIZERS[args.optimizer]
-        optimizer = make_optimizer(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        history = []
+        optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        history = saved["history"] if saved else []
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
             if saved["scaler"]:  # empty except after --amp fp16
                 scaler.load_state_dict(saved["scaler"])
-            history = saved["history"]
         scheduler = make_scheduler(args, history, optimizer, steps=len(train_set) // args.batch_size)
         if rank == 0:  # the process that prints, validates and writes
             baseline = show_plan(args, out, history, model, train_set, val_loader, ranks)
-            if history:  # repeat these two: the run may have been killed before they were done
-                copy_best(out, history)
+            if history:  # again: the run may have been killed between last.pt and these files
                 log(out, args, history, baseline)
 
         for epoch in range(len(history) + 1, args.epochs + 1):
@@ -144,7 +141,6 @@ PRESETS = {
     "best": dict.fromkeys(MODELS, dict(optimizer="adam", schedule="cosine", augment="camera")),
 }
 
-# Adam adds weight decay to the gradient, AdamW shrinks the weights.
 OPTIMIZERS = {"sgd": partial(SGD, momentum=0.9), "adam": Adam, "adamw": AdamW}
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "amp", "compile", "threads",
@@ -261,7 +257,7 @@ def load_run(file):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data, network, optimizer
+# Data, network, optimizer, processes
 # ------------------------------------------------------------------------------------------------------------
 
 SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
@@ -297,11 +293,10 @@ def make_loader(args, dataset, batch_size, order=None):
 
 
 def epoch_loader(args, epoch, dataset, rank, ranks):
-    """The batches of one epoch; of several processes, each gets its share of every batch.
+    """The whole batches of one epoch; of several processes, each gets its share of every batch.
 
     Everything random follows from (seed, epoch), so a resumed run draws what an uninterrupted one would. The
-    two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1. The incomplete last batch is
-    dropped.
+    two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1.
     """
     torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
     dataset.epoch = epoch
@@ -350,11 +345,6 @@ def make_scheduler(args, history, optimizer, steps):
     return LambdaLR(optimizer, factors[args.schedule], last_epoch=len(history) * steps - 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several processes
-# ------------------------------------------------------------------------------------------------------------
-
-
 def join_processes(args):
     """Join the processes that torchrun started; returns this one's rank and their number."""
     rank = int(os.environ.get("RANK", 0))
@@ -397,10 +387,8 @@ class RunningLoss:
             data.progress(self.name, self.step, len(self.loader), self.start, mean)
 
     def read(self):
-        """Add what is unread to the total, each loss as its mean over all processes.
-
-        If one is not finite, all processes exit with code 1, and each names the files that it read.
-        """
+        """Add what is unread to the total, each loss as its mean over all processes. If one is not finite,
+        all processes exit with code 1, and each names the files that it read."""
         losses = torch.stack([loss for _, loss, _ in self.unread])
         if distributed.is_initialized():
             distributed.all_reduce(losses)
@@ -436,10 +424,8 @@ def validate(args, epoch, loader, model, rank):
 
 @contextmanager
 def run_folder(args, saved):
-    """The folder of a run.
-
-    If the run stops, this says how to resume it, or removes the folder if no epoch has been saved.
-    """
+    """The folder of a run. If the run stops, this says how to resume it, or removes the folder if no epoch
+    has been saved."""
     out = Path(args.resume) if saved else claim_folder(args)
     try:
         yield out
@@ -506,10 +492,9 @@ def best_of(history):
 
 
 def save(out, args, train_set, history, model, optimizer, scaler):
-    """Write last.pt, and best.pt after the best epoch so far."""
-    frame = train_set.read(0)[1].shape
+    """Write last.pt."""
     config = dict(model=args.model, options=args.options, size=args.size, geometry=args.geometry,
-                  max_depth=args.max_depth, frame=tuple(frame))
+                  max_depth=args.max_depth, frame=tuple(train_set.read(0)[1].shape))
     memory = io.BytesIO()  # torch.save would hide the error of a full disk
     torch.save(dict(
         format=FORMAT,
@@ -522,19 +507,14 @@ def save(out, args, train_set, history, model, optimizer, scaler):
     ), memory)
     with whole_file(out / "last.pt") as f:
         f.write(memory.getbuffer())
-    copy_best(out, history)
-
-
-def copy_best(out, history):
-    """Make last.pt best.pt too if its epoch is the best so far."""
-    if best_of(history) is history[-1]:
-        with whole_file(out / "best.pt") as f:
-            f.write((out / "last.pt").read_bytes())
 
 
 def log(out, args, history, baseline):
-    """Print the last epoch; write log.csv and curves.png anew, so that they are whole after a resume."""
+    """Print the last epoch, and write what follows from last.pt: best.pt, log.csv and curves.png."""
     row = history[-1]
+    if best_of(history) is row:
+        with whole_file(out / "best.pt") as f:
+            f.write((out / "last.pt").read_bytes())
     print(f"{row['epoch']:5} {row['lr']:9.2g} {row['loss']:7.4f} {row['rmse']:7.4f} {row['absrel']:7.4f} "
           f"{row['d1']:7.4f} {row['d2']:7.4f} {row['d3']:7.4f} {row['seconds']:8.1f}", flush=True)
     lines = [",".join(history[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in history]
