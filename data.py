@@ -135,29 +135,34 @@ def read_depth(file, scale):
 # ------------------------------------------------------------------------------------------------------------
 
 GEOMETRIES = ("fastdepth", "full")
-AUGMENTS = ("none", "flip", "colour", "camera", "paper")
+# What each draws: moves of sampling_grid and, from "colour" on, brightness, contrast and saturation of 0.6 to
+# 1.4. An image does not reveal its zoom, so "paper" makes depth come out too small: docs/results.md.
+AUGMENTS = {
+    "none": [],
+    "flip": ["flip"],  # half of the time
+    "colour": ["flip", "roll"],  # roll by up to 5 degrees
+    "camera": ["flip", "roll", "yaw", "pitch"],  # yaw, pitch: up to 6; exact for a turned camera
+    "paper": ["flip", "roll", "zoom"],  # FastDepth's: a zoom of 1 to 1.5, by which depth is divided
+}
 FASTDEPTH_GRID = (250, 333)  # FastDepth resizes a frame to this ...
 FASTDEPTH_CROP = (228, 304)  # ... and shows its network the middle
 FOCAL = 0.81  # focal length / longer side of a frame: NYU's Kinect; assumed for unknown cameras
 
 
 def nearest(n_in, n_out):
-    """The input pixel under the centre of each of n_out output pixels, exactly as Pillow's NEAREST picks it.
+    """The input pixel under the centre of each of n_out output pixels, as Pillow's NEAREST picks it.
 
-    torch's "nearest-exact" differs where a centre lies on the border of two pixels (4 rows of FastDepth's
-    250): there the rounding of Pillow's running sum decides.
+    torch's "nearest-exact" differs where a centre lies between two pixels: in 4 rows of FastDepth's 250.
     """
-    steps = torch.full((n_out,), n_in / n_out, dtype=torch.float64)
-    steps[0] /= 2
-    return steps.cumsum(0).long()
+    ramp = Image.fromarray(np.arange(n_in, dtype=np.int32)[None])
+    return torch.tensor(np.array(ramp.resize((n_out, 1), Image.Resampling.NEAREST))[0]).long()
 
 
 def source_grid(height, width, geometry):
     """The source rows and columns of a geometry's grid, and its box and its crop: two sizes (H, W).
 
-    fastdepth   centre crop to 4:3 (the box), nearest to 250x333, of which the middle 228x304 is shown (the
-                crop): the official transforms
-    full        all of the frame
+    fastdepth, the official transforms: centre crop to 4:3 (the box), nearest to 250x333, of which the middle
+    228x304 (the crop) is shown. full: all of the frame.
     """
     if geometry == "full":
         return torch.arange(height), torch.arange(width), (height, width), (height, width)
@@ -181,7 +186,6 @@ def sampling_grid(height, width, size, geometry="fastdepth", flip=False, zoom=1,
     """
     source_rows, source_cols, box, (crop_h, crop_w) = source_grid(height, width, geometry)
     grid_h, grid_w = len(source_rows), len(source_cols)
-    pixels = grid_w / box[1]  # grid pixels per source pixel
     centre_y = round((grid_h - crop_h) / 2) + crop_h / 2
     centre_x = round((grid_w - crop_w) / 2) + crop_w / 2
 
@@ -190,26 +194,17 @@ def sampling_grid(height, width, size, geometry="fastdepth", flip=False, zoom=1,
     x = ((torch.arange(size[1], dtype=torch.float64) + 0.5) * crop_w / size[1] - crop_w / 2)[None, :] / zoom
     if flip:
         x = -x
-    focal = FOCAL * max(height, width) * pixels
-    turn = rotation(roll, yaw, pitch)
-    ray_x, ray_y, ray_z = (a * x + b * y + c * focal for a, b, c in turn)  # R (x, y, focal)
-    rows = (ray_y * (focal / ray_z) + centre_y).floor().long()
-    cols = (ray_x * (focal / ray_z) + centre_x).floor().long()
-    inside = (rows >= 0) & (rows < grid_h) & (cols >= 0) & (cols < grid_w)
-    factor = torch.where(inside, focal / ray_z / zoom, 0).float()
-    return source_rows[rows.clamp(0, grid_h - 1)], source_cols[cols.clamp(0, grid_w - 1)], factor
-
-
-def rotation(roll, yaw, pitch):
-    """The rotation by `pitch` about x (right), then `yaw` about y (down), then `roll` about z, in degrees."""
-    turn = torch.eye(3, dtype=torch.float64)
-    for angle, (i, j) in ((pitch, (1, 2)), (yaw, (2, 0)), (roll, (0, 1))):
+    focal = FOCAL * max(height, width) * (grid_w / box[1])  # in pixels of the grid
+    ray = [x, y, focal]  # to be turned by R
+    for angle, i, j in ((pitch, 1, 2), (yaw, 2, 0), (roll, 0, 1)):  # about x (right), y (down), z (ahead)
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        step = torch.eye(3, dtype=torch.float64)
-        step[i, i] = step[j, j] = cos
-        step[i, j], step[j, i] = -sin, sin
-        turn = step @ turn
-    return turn.tolist()
+        ray[i], ray[j] = cos * ray[i] - sin * ray[j], sin * ray[i] + cos * ray[j]
+    scale = focal / ray[2]
+    rows = (ray[1] * scale + centre_y).floor().long()
+    cols = (ray[0] * scale + centre_x).floor().long()
+    inside = (rows >= 0) & (rows < grid_h) & (cols >= 0) & (cols < grid_w)
+    factor = torch.where(inside, scale / zoom, 0).float()
+    return source_rows[rows.clamp(0, grid_h - 1)], source_cols[cols.clamp(0, grid_w - 1)], factor
 
 
 def view(image, size, geometry):
@@ -260,10 +255,7 @@ def shrink(image, factor):
 
 
 def colour_jitter(image, brightness, contrast, saturation):
-    """(3, H, W) in [0, 1] -> the same; a factor of 1 changes nothing.
-
-    As torchvision's, but always in this order: there it is random.
-    """
+    """(3, H, W) in [0, 1] -> the same; 1 changes nothing. As torchvision's, but always in this order."""
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     image = (image * brightness).clamp(0, 1)
     mean = (image * luma).sum(0).mean()
@@ -290,14 +282,9 @@ class Sample(NamedTuple):
 class DepthDataset(torch.utils.data.Dataset):
     """ds[i] -> image (3, h, w) float32 RGB in [0, 1], depth (1, h, w) float32 metres (0 = not measured), i.
 
-    augment   none
-              flip     a horizontal flip half of the time
-              colour   also roll by up to 5 degrees; brightness, contrast and saturation by 0.6 to 1.4
-              camera   also yaw and pitch by up to 6 degrees: exactly what a turned camera would have seen
-              paper    FastDepth's: as colour, plus a zoom of 1 to 1.5 with depth divided by it. (An image
-                       does not reveal its zoom, so depth comes out too small: docs/results.md.)
-    The draw depends only on (seed, epoch, i), so the number of workers does not matter. Set ds.epoch before
-    each epoch. size None: frames as stored, without augmentation; batches need frames of one size.
+    augment is a name in AUGMENTS. The draw depends only on (seed, epoch, i), so the number of workers does
+    not matter. Set ds.epoch before each epoch. size None: frames as stored, without augmentation; batches
+    need frames of one size.
     """
 
     def __init__(self, layout, samples, size, geometry, augment, seed, scale):
@@ -311,7 +298,8 @@ class DepthDataset(torch.utils.data.Dataset):
 
     def read(self, index):
         """As stored: (H, W, 3) uint8 RGB and (H, W) float32 metres."""
-        image, depth = LAYOUTS[self.layout].read(self.samples[index].source, self.scale)
+        _, read, _ = LAYOUTS[self.layout]
+        image, depth = read(self.samples[index].source, self.scale)
         (h, w), (depth_h, depth_w) = image.shape[:2], depth.shape
         if abs(h * depth_w - w * depth_h) > 0.02 * h * depth_w:
             raise UserError(f"{self.files[index]}: the image is {h}x{w} and its depth {depth_h}x{depth_w}: "
@@ -324,18 +312,10 @@ class DepthDataset(torch.utils.data.Dataset):
         """A sample's augmentation in this epoch: sampling_grid's keywords, and colour_jitter's or None."""
         key = f"{self.seed} {self.epoch} {index}".encode()
         u = torch.rand(8, generator=torch.Generator().manual_seed(zlib.crc32(key))).tolist()
-        if self.augment == "none":
-            return {}, None
-        move = dict(flip=u[0] < 0.5)
-        if self.augment == "flip":
-            return move, None
-        move["roll"] = 10 * u[1] - 5
-        if self.augment == "paper":
-            move["zoom"] = 1 + 0.5 * u[2]
-        if self.augment == "camera":
-            move["yaw"] = 12 * u[3] - 6
-            move["pitch"] = 12 * u[4] - 6
-        return move, [0.6 + 0.8 * v for v in u[5:]]
+        moves = dict(flip=u[0] < 0.5, roll=10 * u[1] - 5, zoom=1 + 0.5 * u[2], yaw=12 * u[3] - 6,
+                     pitch=12 * u[4] - 6)
+        colour = [0.6 + 0.8 * v for v in u[5:]] if self.augment not in ("none", "flip") else None
+        return {name: moves[name] for name in AUGMENTS[self.augment]}, colour
 
     def __getitem__(self, index):
         image, depth = self.read(index)
@@ -380,7 +360,7 @@ def open_dataset(root, split, size=(224, 224), augment=False, geometry="fastdept
                  depth_scale=1000.0, limit=None):
     """The data at `root`, of any layout -> a DepthDataset of its split: "train", "val", "test" or "all".
 
-    augment is explained at DepthDataset (True is "paper"), depth_scale at to_metres; limit takes only so many
+    augment is explained at AUGMENTS (True is "paper"), depth_scale at to_metres; limit takes only so many
     samples, evenly chosen. UserError if there is no data set, or nothing in that split.
     """
     augment = {False: "none", True: "paper"}.get(augment, augment)
@@ -401,8 +381,8 @@ def find_samples(root):
     root = Path(root)
     if not (root.exists() or root.parent.suffix == ".mat" or str(root).startswith("rooms:")):
         raise UserError(f"{root}: no such file or folder")
-    for name, layout in LAYOUTS.items():
-        if samples := layout.find(root):
+    for name, (find, _, _) in LAYOUTS.items():
+        if samples := list(find(root)):
             return name, assign_parts(samples)
     files = [str(p.relative_to(root)) for p in sorted(root.rglob("*"))[:10000] if p.is_file()]
     shown = ", ".join(files[i] for i in evenly(len(files), 4)) or "nothing"
@@ -448,13 +428,6 @@ def check_crop(dataset, size):
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-    """One way in which data sets are stored."""
-    find: object  # find(root: Path) -> [Sample], empty if root is something else
-    read: object  # read(source, scale) -> (H, W, 3) uint8 RGB, (H, W) float32 metres
-    mark: str  # how it is recognised, for people
-
-
 @contextmanager
 def opened(file, kind):
     """An HDF5 file; UserError names it if it is damaged or not of its kind."""
@@ -470,13 +443,11 @@ def opened(file, kind):
 
 def find_hdf5(root):
     """{train,val}/<scene>/*.h5."""
-    samples = []
     for part in SPLITS:
         for file in sorted((root / part).glob("**/[!.]*.h5")):
             scene = "/".join(file.relative_to(root / part).parts[:-1])
             official = (part, scene) == ("val", "official")  # FastDepth's name for NYU's 654 test frames
-            samples.append(Sample("test" if official else part, scene, file, str(file)))
-    return samples
+            yield Sample("test" if official else part, scene, file, str(file))
 
 
 def read_hdf5(file, scale):
@@ -533,22 +504,16 @@ def lines_of(file):
 def find_lists(root):
     """A list of lines `image depth`, or train.txt, val.csv, ... or Kaggle's nyu2_train.csv in a folder."""
     if root.suffix in (".txt", ".csv") and root.is_file():
-        return read_list(root, None)
-    samples = []
+        yield from read_list(root, None)
     for part in SPLITS:
         for folder in (root, root / "data"):  # Kaggle's archive holds a folder data
             for name in (f"{part}.txt", f"{part}.csv", f"nyu2_{part}.txt", f"nyu2_{part}.csv"):
                 if (folder / name).is_file():
-                    samples += read_list(folder / name, part)
-    return samples
+                    yield from read_list(folder / name, part)
 
 
 def read_list(file, part):
-    """The samples of one list. Paths start in its folder or the one above.
-
-    Words without the suffix of an image or depth file, such as time stamps, are skipped.
-    """
-    samples = []
+    """The samples of one list. Words without the suffix of an image or depth file are skipped."""
     for number, line in enumerate(lines_of(file), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
         names = [word for word in words if word.lower().endswith(IMAGE_SUFFIXES + DEPTH_SUFFIXES)]
@@ -557,18 +522,15 @@ def read_list(file, part):
             continue
         if len(names) != 2:
             raise UserError(f"{file}: line {number} does not name an image and its depth: {line[:60]!r}")
-        paths = [locate(name, file.parent) for name in names]
-        if None in paths:
-            raise UserError(f"{file}: line {number} points nowhere: no file {names[paths.index(None)]}")
-        samples.append(Sample(part, str(Path(names[0]).parent), tuple(paths), str(paths[0])))
-    return samples
-
-
-def locate(name, folder):
-    """The file that a list in `folder` calls `name`, or None."""
-    below = name.lstrip("/")  # every path in BTS's lists starts with one
-    places = folder / name, folder / below, folder.parent / below
-    return next((place for place in places if place.is_file()), None)
+        paths = []
+        for name in names:  # each starts in the list's folder or the one above
+            below = name.lstrip("/")  # every path in BTS's lists starts with one
+            places = file.parent / name, file.parent / below, file.parent.parent / below
+            place = next(filter(Path.is_file, places), None)
+            if not place:
+                raise UserError(f"{file}: line {number} points nowhere: no file {name}")
+            paths.append(place)
+        yield Sample(part, str(Path(names[0]).parent), tuple(paths), str(paths[0]))
 
 
 # Words that say what kind of file a path is, not which frame it shows.
@@ -590,7 +552,8 @@ def find_pairs(root):
     """Images and depth maps in folders, paired by name: rgb/1.jpg and depth/1.png, 1_rgb.jpg and 1_depth.png.
 
     Files with equal keys show one frame. The one whose path says `depth` most often is the depth of the one
-    that says it least; of equals, the one with fewer words. What is left over is paired by time (TUM).
+    that says it least; of equals, the one with fewer words. What is left over is paired by time (TUM). The
+    first folder named train, val or test is the part; the others, or a scenes.csv, name the scene.
     """
     images, depths = {}, {}  # key -> [(how often the path says depth, number of words, path)]
     for path in map(Path, sorted(glob.glob("**/*.*", root_dir=root, recursive=True))):
@@ -613,16 +576,23 @@ def find_pairs(root):
                                 "remove one, or name the pairs in a list")
         pairs.append((min(images.pop(key))[2], min(depths.pop(key))[2]))
     rgb = [path for group in images.values() for says, _, path in group if says == 0]
-    timed = pair_by_time(rgb, [path for group in depths.values() for says, _, path in group if says < 0])
+    depth = [path for group in depths.values() for says, _, path in group if says < 0]
+    timed = list(pair_by_time(rgb, depth))
     if (pairs or timed) and len(rgb) > len(timed):
         note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
-    scenes = read_scenes(root / "scenes.csv")
-    return [pair_sample(root, *pair, scenes) for pair in sorted(pairs + timed)]
+    listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
+    rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
+    scenes = {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
+    for image, depth in sorted(pairs + timed):
+        folders = image.parts[:-1]
+        part = next((folder for folder in folders if folder in SPLITS), None)
+        scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
+        yield Sample(part, scenes.get(image.stem, scene), (root / image, root / depth), str(root / image))
 
 
 def pair_by_time(images, depths, apart=0.02):
     """Pairs of files named by their time in seconds, in folders side by side, as TUM's."""
-    pairs, timed = [], {}
+    timed = {}  # key of a folder -> [(seconds, path)]
     for depth in depths:
         if re.fullmatch(r"\d+(\.\d+)?", depth.stem):
             timed.setdefault(key_of(depth.parent), []).append((float(depth.stem), depth))
@@ -632,22 +602,7 @@ def pair_by_time(images, depths, apart=0.02):
         if key in timed and re.fullmatch(r"\d+(\.\d+)?", image.stem):
             gaps = np.abs(times[key] - float(image.stem))
             if gaps.min() <= apart:
-                pairs.append((image, timed[key][gaps.argmin()][1]))
-    return pairs
-
-
-def read_scenes(file):
-    """The rows `frame,scene` of a scenes.csv: file stem -> scene. Empty if there is no such file."""
-    rows = [line.split(",") for line in lines_of(file)[1:]] if file.is_file() else []
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
-
-
-def pair_sample(root, image, depth, scenes):
-    """The sample of two paths below root: its part from its folders, its scene from scenes.csv or them."""
-    folders = image.parts[:-1]
-    part = next((folder for folder in folders if folder in SPLITS), None)
-    scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
-    return Sample(part, scenes.get(image.stem, scene), (root / image, root / depth), str(root / image))
+                yield image, timed[key][gaps.argmin()][1]
 
 
 def read_pair(source, scale):
@@ -687,17 +642,14 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
         size = size or ROOM_SIZE
         dataset.samples = [s._replace(source=(s.source[0], size)) for s in dataset.samples]
     n, (h, w) = len(dataset), size or FASTDEPTH_GRID
-    file.parent.mkdir(parents=True, exist_ok=True)
-    clear_partials(file)  # they take the space that is asked for here
-    megabytes, free = n * h * w * 5 / 1e6, shutil.disk_usage(file.parent).free / 1e6
-    if megabytes > free:
-        raise UserError(f"{file}: needs {megabytes:.0f} MB, and {free:.0f} MB are free: make room for it")
-    print(f"packing {n} frames of {h}x{w} into {file}, {megabytes:.0f} MB")
-    pack = partial(pack_frame, dataset, size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    frames = torch.utils.data.DataLoader(range(n), batch_size=None, num_workers=cores,
-                                         collate_fn=pack, worker_init_fn=worker_init)
+    frames = torch.utils.data.DataLoader(range(n), batch_size=None, worker_init_fn=worker_init,
+                                         num_workers=cores, collate_fn=partial(pack_frame, dataset, size))
     with whole_file(file) as f:
+        megabytes, free = n * h * w * 5 / 1e6, shutil.disk_usage(file.parent).free / 1e6
+        if megabytes > free:
+            raise UserError(f"{file}: needs {megabytes:.0f} MB, and {free:.0f} MB are free: make room for it")
+        print(f"packing {n} frames of {h}x{w} into {file}, {megabytes:.0f} MB")
         f.truncate(n * h * w * 5)  # exceeding a file size limit is an error here, a crash in HDF5
         with h5py.File(f.name, "w") as h5:
             h5.attrs["fastdepth_pack"] = PACK_VERSION
@@ -747,11 +699,10 @@ def find_rooms(root):
     if not str(root).startswith("rooms:"):
         return []
     match = re.fullmatch(r"rooms:(\d+)(?::(-?\d+))?", str(root))
-    if not match:
-        raise UserError(f"{root}: write rooms:N or rooms:N:SEED")
+    if not match or int(match[1]) < 8:
+        raise UserError(f"{root}: write rooms:N or rooms:N:SEED, with N at least 8: N / 8 more are rendered "
+                        "for validation")
     n, seed = int(match[1]), int(match[2] or 0)
-    if n < 8:
-        raise UserError(f"{root}: write at least 8 rooms: N / 8 more are rendered for validation")
     # A room depends on its key alone, so more training rooms never become validation rooms.
     rooms = [f"{seed} train {i}" for i in range(n)] + [f"{seed} val {i}" for i in range(min(n // 8, 512))]
     return [Sample(key.split()[1], "rooms", (key, ROOM_SIZE), f"room {key}") for key in rooms]
@@ -766,14 +717,16 @@ def read_room(source, scale):
     return image, depth
 
 
-# To add a layout: write find and read, and add a row. The first row whose find returns samples is taken.
+# To add a layout: write find and read, and add a row with how people recognise it. find(root: Path) gives the
+# Samples, or none if root is something else: the first row that gives some is taken. read(source, scale)
+# returns (H, W, 3) uint8 RGB and (H, W) float32 metres.
 LAYOUTS = {
-    "rooms": Layout(find_rooms, read_room, "rooms:N or rooms:N:SEED, rendered"),
-    "HDF5 folders": Layout(find_hdf5, read_hdf5, "{train,val}/<scene>/*.h5"),
-    "NYU's labelled file": Layout(find_mat, read_mat, "nyu_depth_v2_labeled.mat, or FILE.mat/rawDepths"),
-    "lists": Layout(find_lists, read_pair, "a .txt or .csv of lines `image depth`, or train.txt, ..."),
-    "pack": Layout(find_pack, read_pack, "a .h5 file written by python data.py PATH --pack FILE.h5"),
-    "paired folders": Layout(find_pairs, read_pair, "images and depth maps whose names differ by `depth`"),
+    "rooms": (find_rooms, read_room, "rooms:N or rooms:N:SEED, rendered"),
+    "HDF5 folders": (find_hdf5, read_hdf5, "{train,val}/<scene>/*.h5"),
+    "NYU's labelled file": (find_mat, read_mat, "nyu_depth_v2_labeled.mat, or FILE.mat/rawDepths"),
+    "lists": (find_lists, read_pair, "a .txt or .csv of lines `image depth`, or train.txt, ..."),
+    "pack": (find_pack, read_pack, "a .h5 file written by python data.py PATH --pack FILE.h5"),
+    "paired folders": (find_pairs, read_pair, "images and depth maps whose names differ by `depth`"),
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,10 +881,15 @@ def furnish(rng):
             poses += [pose] * len(parts)
     boxes = np.concatenate(boxes)
     rows = np.array([0, 1, 2] + [3, 4, 5] * 3 * THINGS + [6] * (n_looks - 3 - 9 * THINGS))
+    looks = paint(rng, rows)
+    eye_y, pitch, roll = rng.uniform((.9, -.42, -.06), (1.75, .12, .06))
+    level = np.array([cos, 0, -sin])
+    ahead = np.array([sin, math.tan(pitch), cos]) * math.cos(pitch)
+    right = level * math.cos(roll) + np.cross(ahead, level) * math.sin(roll)
     return Room(
-        boxes[:, :6], np.array(poses), boxes[:, 6].astype(int), paint(rng, rows),
-        eye=np.array([eye_x, rng.uniform(.9, 1.75), eye_z]),
-        axes=camera_axes(heading, rng.uniform(-.42, .12), rng.uniform(-.06, .06)),
+        boxes[:, :6], np.array(poses), boxes[:, 6].astype(int), looks,
+        eye=np.array([eye_x, eye_y, eye_z]),
+        axes=np.array([right, np.cross(ahead, right), ahead]),
         lamps=rng.uniform((-.3, -.9, -.3), (.3, -.1, .3), (2, 3)) * (width, 1, length) + (0, height, 0),
         camera=rng.uniform((.42, .3, .01, .75, .95, .95, .85), (.6, .8, .04, 1.2, 1.15, 1.05, 1.1)))
 
@@ -983,14 +941,6 @@ def paint(rng, rows):
     colour = value * (1 - saturation * np.minimum(ramp, 4 - ramp).clip(0, 1))
     pattern = (draw[6] * 100 > LOOKS[rows, 7:].cumsum(1).T).sum(0)
     return np.column_stack([colour.T, .02 + .3 * draw[7]**2, glow, PATTERNS[pattern]])
-
-
-def camera_axes(heading, pitch, roll):
-    """Right, up and ahead (3, 3) of a camera; radians."""
-    level = np.array([math.cos(heading), 0, -math.sin(heading)])
-    ahead = np.array([math.sin(heading), math.tan(pitch), math.cos(heading)]) * math.cos(pitch)
-    right = level * math.cos(roll) + np.cross(ahead, level) * math.sin(roll)
-    return np.array([right, np.cross(ahead, right), ahead])
 
 
 def find_faces(room):
@@ -1088,8 +1038,7 @@ def shade(room, faces, hit, point):
     before = (normals @ room.lamps.T - offsets[..., None]).clip(0).reshape(-1, 2)  # metres from plane to lamp
     at_x, at_z, turn = room.poses.repeat(6, 0).T
     axis = np.arange(len(look)) % 3  # 0, 1, 2: x, y, z
-    frame = np.column_stack([axis, at_x, at_z, np.cos(turn), np.sin(turn)])
-    table = np.column_stack([frame, before, look, room.looks[look]])
+    table = np.column_stack([axis, at_x, at_z, np.cos(turn), np.sin(turn), before, look, room.looks[look]])
     (axis, at_x, at_z, cos, sin, before_0, before_1, look, red, green, blue, contrast, glow,
      cell_u, cell_v, shift, joint, hues) = table.T.astype(np.float32).take(hit, axis=1, mode="clip")
 
@@ -1219,11 +1168,9 @@ def whole_file(file):
 def clear_partials(file):
     """Remove the partial files of processes that were killed while writing `file`."""
     for partial in file.parent.glob(f"{glob.escape(file.name)}.partial-*"):
-        pid = re.fullmatch(r"\.partial-(\d{1,9})", partial.suffix)
-        if not pid:
-            continue
         try:
-            os.kill(int(pid[1]), 0)  # signal 0 only asks whether it lives
+            if pid := re.fullmatch(r"\.partial-(\d{1,9})", partial.suffix):
+                os.kill(int(pid[1]), 0)  # signal 0 only asks whether it lives
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
         except PermissionError:
@@ -1239,9 +1186,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default except None and False."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
 
 
 def make_parser(description):
@@ -1260,11 +1206,7 @@ def checked(kind, test, rule):
     return number
 
 
-def positive(kind):
-    """The argparse type of a finite number above 0, int or float."""
-    return checked(kind, lambda n: 0 < n < math.inf, "above 0 and finite")
-
-
+positive = partial(checked, test=lambda n: 0 < n < math.inf, rule="above 0 and finite")  # of a kind
 non_negative = checked(int, lambda n: n >= 0, "0 or more")
 workers = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
 multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32")
@@ -1301,24 +1243,6 @@ def run_script(main, *mistakes):
     sys.exit(2)
 
 
-def print_facts(dataset, path):
-    """Print what is at `path`; returns the pairs looked at, at most 24."""
-    print(f"{path}: {dataset.layout} ({LAYOUTS[dataset.layout].mark})")
-    print(f"pairs   {counts_of(dataset.samples)}; {len({s.scene for s in dataset.samples})} scenes")
-    for i in evenly(len(dataset), 2):  # a person sees whether the right files were paired
-        paired = LAYOUTS[dataset.layout].read is read_pair
-        print(f"        {' with '.join(map(str, dataset.samples[i].source)) if paired else dataset.files[i]}")
-    pairs = [dataset.read(i) for i in evenly(len(dataset), 24)]
-    sizes = sorted({f"{depth.shape[0]}x{depth.shape[1]}" for _, depth in pairs})
-    measured = np.concatenate([depth[depth > 0] for _, depth in pairs])
-    first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
-    share = measured.size / sum(depth.size for _, depth in pairs)
-    print(f"size    {' '.join(sizes)} in {len(pairs)} pairs looked at")
-    print(f"depth   median {median:.2f} m, 98 % from {first:.2f} to {last:.2f}, max {measured.max():.2f}; "
-          f"{share:.0%} measured; 16-bit scale {dataset.scale:g}")
-    return pairs
-
-
 def main(argv=None):
     parser = make_parser("Look at a data set, or pack it into one file.")
     parser.add_argument("path", help="a data set of any known layout, or rooms:N")
@@ -1335,8 +1259,22 @@ def main(argv=None):
         return write_pack(args.pack, args.path, args.size and tuple(args.size), args.depth_scale)
 
     dataset = open_dataset(args.path, "all", size=None, depth_scale=args.depth_scale)
-    pairs = print_facts(dataset, args.path)
+    _, read, mark = LAYOUTS[dataset.layout]
+    print(f"{args.path}: {dataset.layout} ({mark})")
+    print(f"pairs   {counts_of(dataset.samples)}; {len({s.scene for s in dataset.samples})} scenes")
+    for i in evenly(len(dataset), 2):  # a person sees whether the right files were paired
+        source = dataset.samples[i].source
+        print(f"        {' with '.join(map(str, source)) if read is read_pair else dataset.files[i]}")
+    pairs = [dataset.read(i) for i in evenly(len(dataset), 24)]
+    sizes = sorted({f"{depth.shape[0]}x{depth.shape[1]}" for _, depth in pairs})
+    measured = np.concatenate([depth[depth > 0] for _, depth in pairs])
+    first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
+    share = measured.size / sum(depth.size for _, depth in pairs)
+    print(f"size    {' '.join(sizes)} in {len(pairs)} pairs looked at")
+    print(f"depth   median {median:.2f} m, 98 % from {first:.2f} to {last:.2f}, max {measured.max():.2f}; "
+          f"{share:.0%} measured; 16-bit scale {dataset.scale:g}")
     check_scale(dataset, max_depth=10.0)
+
     cells = []
     for image, depth in pairs:
         rows, cols, _ = (t.numpy() for t in sampling_grid(*depth.shape, (180, 240), "full"))

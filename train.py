@@ -156,7 +156,7 @@ def make_flags():
     add("--data", default="rooms", help="a data set, or rooms:N; the default is rendered on first use")
     add("--depth-scale", type=positive(float), default=1000.0, help="16-bit depth / this = metres; KITTI 256")
     add("--max-depth", type=positive(float), default=10.0, help="metres; deeper is ignored (KITTI: 80)")
-    add("--augment", default="flip", choices=data.AUGMENTS, help="augmentation, see data.DepthDataset")
+    add("--augment", default="flip", choices=data.AUGMENTS, help="augmentation, see data.AUGMENTS")
     add("--limit", type=positive(int), metavar="N", help="use only N samples of each split: a smoke run")
     add("--workers", type=data.workers, default=0, metavar="N", help="processes that read images")
     # network
