@@ -149,6 +149,7 @@ FASTDEPTH_CROP = (228, 304)  # ... and shows its network the middle
 FOCAL = 0.81  # focal length / longer side of a frame: NYU's Kinect; assumed for unknown cameras
 
 
+@lru_cache(maxsize=16)
 def nearest(n_in, n_out):
     """The input pixel under the centre of each of n_out output pixels, as Pillow's NEAREST picks it.
 
@@ -1206,7 +1207,7 @@ def checked(kind, test, rule):
     return number
 
 
-positive = partial(checked, test=lambda n: 0 < n < math.inf, rule="above 0 and finite")  # of a kind
+positive = partial(checked, test=lambda n: 0 < n < math.inf, rule="above 0 and finite")  # positive(int)
 non_negative = checked(int, lambda n: n >= 0, "0 or more")
 workers = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
 multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32")

@@ -1,7 +1,7 @@
 """Export a checkpoint to one self-contained ONNX file, run that file, and compare it with PyTorch.
 
     python export.py runs/fastdepth-1/best.pt                       # -> runs/fastdepth-1/best.onnx
-    python export.py runs/fastdepth-1/best.pt --int8 --data nyu     # best-int8.onnx too, often faster
+    python export.py runs/fastdepth-1/best.pt --int8 --data nyu     # best-int8.onnx too, a quarter the size
     python export.py runs/fastdepth-1/best.pt --bench --threads 2   # how fast each way to run it is here
 
 The file takes `image` (B, 3, H, W), float32 RGB in [0, 1], and gives `depth` (B, 1, H', W'), float32 metres.

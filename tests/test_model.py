@@ -500,7 +500,7 @@ def test_a_file_needs_nothing_but_torch(file):
 def test_model_and_loss_run_alone_in_an_empty_folder(tmp_path):
     for file in ("model.py", "loss.py"):
         shutil.copy(FOLDER / file, tmp_path)
-        done = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-E", file], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
 
 
