@@ -1200,6 +1200,7 @@ def make_parser(description):
 def checked(kind, test, rule):
     """The argparse type of a number that passes a test."""
     def number(text):
+        """The number in `text`, or argparse's error that says the rule."""
         if not test(value := kind(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value

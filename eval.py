@@ -124,6 +124,7 @@ def at_training_scale(predict, config, size=None, geometry="full"):
     size None: the one at which objects look as large as in training, if the focal length is the usual one.
     """
     def predict_frames(image):
+        """(B, 3, H, W) in [0, 1] -> (B, 1, h, w) metres of what `geometry` shows."""
         frame = tuple(image.shape[-2:])
         focal = FOCAL * max(frame)
         shown = size or whole_image_size(frame, focal, config)
@@ -251,6 +252,7 @@ def load_predictor(file, device="cpu", threads=0):
 
     @torch.no_grad()
     def predict(image):
+        """(B, 3, H, W) on the CPU -> (B, 1, H', W') metres on `device`."""
         return network(image.to(device, memory_format=torch.channels_last))
     return predict, config | dict(fixed=None, runs_on=device)
 
@@ -276,6 +278,7 @@ def load_onnx(file, device, threads):
         config[key] = config[key] and tuple(config[key])  # JSON has lists
 
     def predict(image):
+        """(B, 3, H, W) -> (B, 1, H', W') metres. UserError if the file takes another size."""
         size = tuple(image.shape[-2:])
         if config["fixed"] not in (None, size):
             raise UserError(f"{file}: takes {by(config['fixed'])} only, and is shown {by(size)} here: "

@@ -139,12 +139,14 @@ def opencv_lane(file, image, threads):
     cv2.setNumThreads(threads)
 
     def run():
+        """The prediction for `image`, (1, 1, H', W')."""
         net.setInput(image.numpy(), "image")
         return net.forward("depth")
     return {f"OpenCV {cv2.__version__}": run}
 
 
 def make_parser():
+    """The flags."""
     parser = data.make_parser("Export a checkpoint to ONNX and check the file.")
     add = parser.add_argument
     add("model", help="a .pt file of train.py")

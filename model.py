@@ -606,6 +606,7 @@ class StandInPickle:
 
     @staticmethod
     def load(file, **options):
+        """What pickle.load returns, by the unpickler above."""
         return StandInUnpickler(file, **options).load()
 
 

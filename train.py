@@ -406,6 +406,7 @@ class RunningLoss:
 def validate(args, epoch, loader, model, rank):
     """Validation metrics, computed by rank 0 and sent to all: every scheduler must see the same number."""
     def predict(image):
+        """(B, 3, H, W) on the CPU -> (B, 1, H/s, W/s) metres on the device."""
         return model(image.to(args.device, memory_format=torch.channels_last))
 
     results = [None]
