@@ -648,9 +648,11 @@ def test_a_loss_is_looked_at_every_20_steps_so_that_nothing_waits_for_the_device
         read(losses)
 
     monkeypatch.setattr(train.RunningLoss, "read", spy)
-    more = "--epochs 1 --data rooms:48 --limit 48 --batch-size 2 --size 32 32 --device cpu:0"
-    go(flags, more)
+    more = "--epochs 1 --data rooms:48 --limit 48 --batch-size 2 --size 32 32"
+    go(flags, f"{more} --device cpu:0")
     assert looked == [list(range(1, 21)), list(range(21, 25))]
+    go(flags, f"{more} --out {flags[-1]}-each")
+    assert read_log(Path(flags[-1])) == read_log(Path(f"{flags[-1]}-each"))  # no loss is left out
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best(run, refused, monkeypatch):
