@@ -119,6 +119,7 @@ def main(argv=None):
         if rank == 0:
             finish(out, args, history, baseline, val_loader.dataset)
         if ranks > 1:
+            distributed.barrier()  # until rank 0 has written: gloo may crash a process that exits
             distributed.destroy_process_group()
         return best_of(history)
 
