@@ -90,7 +90,9 @@ def main(argv=None):
         autocast = torch.autocast(kind, AMP[args.amp], enabled=args.amp != "none")
         scaler = torch.amp.GradScaler(kind, enabled=args.amp == "fp16")  # otherwise a no-op
         criterion = make_loss(args.loss, args.max_depth)
-        optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        fused = args.amp != "fp16"  # faster, but a first step that fp16 skips would leave momentum undefined
+        optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr, fused=fused,
+                                               weight_decay=args.weight_decay)
         history = saved["history"] if saved else []
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
