@@ -280,6 +280,11 @@ class Sample(NamedTuple):
     name: str  # for messages
 
 
+def same_aspect(size, other):
+    """Whether two sizes (H, W) have the same ratio, to 2 %."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= 0.02 * size[0] * other[1]
+
+
 class DepthDataset(torch.utils.data.Dataset):
     """ds[i] -> image (3, h, w) float32 RGB in [0, 1], depth (1, h, w) float32 metres (0 = not measured), i.
 
@@ -302,7 +307,7 @@ class DepthDataset(torch.utils.data.Dataset):
         _, read, _ = LAYOUTS[self.layout]
         image, depth = read(self.samples[index].source, self.scale)
         (h, w), (depth_h, depth_w) = image.shape[:2], depth.shape
-        if abs(h * depth_w - w * depth_h) > 0.02 * h * depth_w:
+        if not same_aspect((h, w), depth.shape):
             raise UserError(f"{self.files[index]}: the image is {h}x{w} and its depth {depth_h}x{depth_w}: "
                             "not the same view")
         if (h, w) != depth.shape:
@@ -381,7 +386,7 @@ def find_samples(root):
     """The data set at `root` -> the name of its layout, and all its samples, each with its part."""
     root = Path(root)
     if not (root.exists() or root.parent.suffix == ".mat" or str(root).startswith("rooms:")):
-        raise UserError(f"{root}: no such file or folder")
+        raise UserError(f"{root}: no such file or folder; rendered rooms are called rooms:N")
     for name, (find, _, _) in LAYOUTS.items():
         if samples := list(find(root)):
             return name, assign_parts(samples)
@@ -517,9 +522,10 @@ def read_list(file, part):
     """The samples of one list. Words without the suffix of an image or depth file are skipped."""
     for number, line in enumerate(lines_of(file), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
+        words = [word.strip(' "') for word in words]
         names = [word for word in words if word.lower().endswith(IMAGE_SUFFIXES + DEPTH_SUFFIXES)]
-        header = not names and (number == 1 or not line.strip() or line.startswith("#"))
-        if header or "None" in words:  # KITTI has images without depth
+        header = number == 1 and not names
+        if header or not line.strip() or line.startswith("#") or "None" in words:  # KITTI's without depth
             continue
         if len(names) != 2:
             raise UserError(f"{file}: line {number} does not name an image and its depth: {line[:60]!r}")
@@ -583,11 +589,13 @@ def find_pairs(root):
         note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
     listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
     rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
-    scenes = {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
+    scenes = {Path(row[0].strip()).stem: row[1].strip() for row in rows if len(row) > 1}
     for image, depth in sorted(pairs + timed):
         folders = image.parts[:-1]
         part = next((folder for folder in folders if folder in SPLITS), None)
         scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
+        if rows and image.stem not in scenes:
+            raise UserError(f"{listed}: names no scene of {image.stem}: add a row `{image.stem},SCENE`")
         yield Sample(part, scenes.get(image.stem, scene), (root / image, root / depth), str(root / image))
 
 
@@ -642,6 +650,8 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     if dataset.layout == "rooms":
         size = size or ROOM_SIZE
         dataset.samples = [s._replace(source=(s.source[0], size)) for s in dataset.samples]
+    elif size and not same_aspect(dataset.read(0)[1].shape, size):
+        note(f"--size {size[0]} {size[1]} squeezes the frames: train with --geometry full, or leave it out")
     n, (h, w) = len(dataset), size or FASTDEPTH_GRID
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     frames = torch.utils.data.DataLoader(range(n), batch_size=None, worker_init_fn=worker_init,
@@ -1152,6 +1162,8 @@ def note(text):
 def whole_file(file):
     """A temporary binary file that replaces `file` when the block ends: whole or not at all."""
     file = Path(file)
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: is a folder or a device: choose another name")
     file.parent.mkdir(parents=True, exist_ok=True)
     clear_partials(file)
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
@@ -1209,8 +1221,9 @@ def checked(kind, test, rule):
 
 
 positive = partial(checked, test=lambda n: 0 < n < math.inf, rule="above 0 and finite")  # positive(int)
-non_negative = checked(int, lambda n: n >= 0, "0 or more")
-workers = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
+non_negative = checked(float, lambda x: 0 <= x < math.inf, "0 or more, and finite")
+up_to_256 = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
+seed = checked(int, lambda n: abs(n) < 2**63, "of 64 bits")
 multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32")
 
 
@@ -1228,7 +1241,8 @@ def run_script(main, *mistakes):
     mistakes: further exceptions that mean a mistake of the user's. Any other one is a bug: a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=True)  # a line is in the file as soon as it is printed
+    # A line is in the file as soon as it is printed, also with a name that the terminal cannot show.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:

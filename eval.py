@@ -334,9 +334,11 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
     """
     taken = {file.resolve() for file in files}
     for file in files:
+        again = (out / f"{file.stem}_depth.png").exists()  # an earlier prediction may be replaced
         for target in ((out / (file.stem + end)).resolve() for end in (".png", ".npy", "_depth.png", ".ply")):
-            if target in taken:
-                raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out")
+            if target in taken or target.exists() and not again:
+                raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out, or "
+                                "rename it")
             taken.add(target)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from 90 megapixels on
     failed = 0
@@ -384,12 +386,12 @@ def write_depth(path, depth, image, focal=None):
     near, far = np.quantile(depth, (0.01, 0.99))
     far = max(far, near + 0.1)
     columns = [image, data.colourise(depth, near, far), data.colour_bar(near, far, len(depth))]
+    with whole_file(f"{path}_depth.png") as f:  # first: predict_images knows its own files by it
+        data.tile([columns]).save(f, "PNG")
     with whole_file(f"{path}.png") as f:
         Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(f, "PNG")
     with whole_file(f"{path}.npy") as f:
         np.save(f, depth)
-    with whole_file(f"{path}_depth.png") as f:
-        data.tile([columns]).save(f, "PNG")
     if focal:
         with whole_file(f"{path}.ply") as f:
             f.write(point_cloud(depth, image, focal))
@@ -430,7 +432,7 @@ def main(argv=None):
     add("--split", default="val", choices=(*data.SPLITS, "all"), help="of the data set")
     add("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
     add("--depth-scale", type=data.positive(float), default=1000.0, help="16-bit depth / this = metres")
-    add("--workers", type=data.workers, default=0, help="processes that read data")
+    add("--workers", type=data.up_to_256, default=0, help="processes that read data")
     add("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
     add("--sheet", metavar="FILE", help="where to write the sheet of samples (default: MODEL-SPLIT.png)")
     # prediction
@@ -444,6 +446,9 @@ def main(argv=None):
 
     if (args.data is None) == (args.images is None):
         raise UserError("give --data to evaluate, or --images to predict")
+    for name in ("json", "sheet") if args.images else ("focal", "ply"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: does nothing with --{'images' if args.images else 'data'}")
     if args.data and args.geometry and args.protocol != "own":
         raise UserError(f"--geometry {args.geometry}: protocol {args.protocol} has its own")
     data.check_device(args.device)

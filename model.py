@@ -624,6 +624,8 @@ def read_file(file):
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise ModelError(f"{file}: is a folder: name the file in it, such as best.pt") from None
     except pickle.UnpicklingError:
         pass  # more than tensors and plain values: perhaps one of FastDepth's modules
     except Exception as error:  # a cut-off or foreign file raises errors of many types

@@ -161,7 +161,7 @@ def make_flags():
     add("--max-depth", type=positive(float), default=10.0, help="metres; deeper is ignored (KITTI: 80)")
     add("--augment", default="flip", choices=data.AUGMENTS, help="augmentation, see data.AUGMENTS")
     add("--limit", type=positive(int), metavar="N", help="use only N samples of each split: a smoke run")
-    add("--workers", type=data.workers, default=0, metavar="N", help="processes that read images")
+    add("--workers", type=data.up_to_256, default=0, metavar="N", help="processes that read images")
     # network
     add("--model", default="fastdepth", choices=MODELS, help="see model.py")
     add("--options", nargs="*", type=key_value, metavar="KEY=VALUE", help="of the decoder, such as skip=none")
@@ -179,7 +179,7 @@ def make_flags():
     add("--optimizer", default="sgd", choices=OPTIMIZERS,
         help="sgd has momentum 0.9; adam adds weight decay to the gradient, adamw shrinks the weights")
     add("--lr", type=positive(float), help="learning rate (default: the preset's, else train.LEARNING_RATES)")
-    add("--weight-decay", type=float, default=1e-4, help="pulls the weights towards 0")
+    add("--weight-decay", type=data.non_negative, default=1e-4, help="pulls the weights towards 0")
     add("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
         help="plateau: lower when validation RMSE stops falling; step: a tenth every 5 epochs; cosine: to 0")
     add("--clip", type=positive(float), metavar="NORM", help="clip the gradient to this norm")
@@ -188,8 +188,8 @@ def make_flags():
     add("--device", default=fastest, help="cpu, cuda, cuda:1 or mps")
     add("--amp", choices=AMP, help="autocast (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    add("--threads", type=data.non_negative, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
-    add("--seed", type=int, default=0, help="for weights, order and augmentation")
+    add("--threads", type=data.up_to_256, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
+    add("--seed", type=data.seed, default=0, help="for weights, order and augmentation")
     # results
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
     add("--resume", metavar="DIR",
@@ -218,6 +218,8 @@ def parse(argv):
     """The flags, and the checkpoint to resume from or None."""
     parser = make_flags()
     args = parser.parse_args(argv)
+    if args.resume and Path(args.resume).is_file():
+        raise UserError(f"--resume {args.resume}: give the folder of the run")
     saved = load_run(Path(args.resume) / "last.pt") if args.resume else None
     if saved:
         parser.set_defaults(**saved["args"])

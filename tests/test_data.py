@@ -591,8 +591,9 @@ def test_what_dead_processes_left_is_cleared_and_what_others_write_or_own_stays(
 @pytest.mark.parametrize("kind, good, bad", [
     (data.positive(int), {"3": 3}, ["0", "-1", "1.5", "two"]),
     (data.positive(float), {"0.5": 0.5, "3": 3.0}, ["0", "-1", "inf", "nan", "two"]),
-    (data.non_negative, {"0": 0, "2": 2}, ["-1", "0.5", ""]),
-    (data.workers, {"0": 0, "256": 256}, ["-1", "257", "many"]),
+    (data.non_negative, {"0": 0, "0.5": 0.5}, ["-1", "inf", "nan", ""]),
+    (data.seed, {"-1": -1}, [str(2**63), "0.5"]),
+    (data.up_to_256, {"0": 0, "256": 256}, ["-1", "257", "many"]),
     (data.multiple_of_32, {"32": 32, "224": 224}, ["0", "-32", "33", "32.0"]),
 ])
 def test_a_flag_takes_only_numbers_that_make_sense_and_help_says_its_default(kind, good, bad, capsys):

@@ -594,6 +594,10 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
     ("MODEL --data FRAMES --device tpu9", "--device tpu9"),
     ("MODEL --data FRAMES --workers 100000", "--workers: must be 0 to 256, got 100000"),
     ("MODEL --images NOWHERE.jpg", "NOWHERE.jpg"),
+    ("MODEL --images photo.png --json x.json", "--json"),
+    ("MODEL --data FRAMES --focal 300", "--focal"),
+    ("MODEL --data FRAMES --json EMPTY", "EMPTY: is a folder or a device"),
+    ("MODEL --images COPY/photo.jpg --out .", "its photo.png would overwrite"),
     ("MODEL --images EMPTY", "EMPTY"),
     ("MODEL --images TEXT.png", "TEXT.png"),
     ("MODEL --images photo.png --focal 2.8", "--focal 2.8"),  # millimetres

@@ -135,8 +135,11 @@ def test_heic_beside_photos_is_said_once(tmp_path, capsys):
 
 def test_scenes_csv_names_the_scene_of_a_frame(tmp_path):
     touch(tmp_path, *(f"{folder}/{i}.png" for folder in ("rgb", "depth") for i in (1, 2, 3)))
-    (tmp_path / "scenes.csv").write_text("frame,scene\n1,kitchen\n3, study \n")
-    assert [sample.scene for sample in find_samples(tmp_path)[1]] == ["kitchen", "", "study"]
+    (tmp_path / "scenes.csv").write_text("frame,scene\n1,kitchen\n3, study \n2.png,hall\n")
+    assert [sample.scene for sample in find_samples(tmp_path)[1]] == ["kitchen", "hall", "study"]
+    (tmp_path / "scenes.csv").write_text("frame;scene\n1;kitchen\n2;hall\n3;study\n")  # as Excel writes it
+    with complains("scenes.csv: names no scene of 1: add a row `1,SCENE`"):  # not one scene for all frames
+        find_samples(tmp_path)
 
 
 @pytest.mark.parametrize("depth", ["depth/{}.png", "depth/{}.tif", "depth/{}.npy", "depth/{}.npz", None])
@@ -298,7 +301,7 @@ def test_kaggles_lists_have_8_bit_training_and_16_bit_test_depth(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    "{i} {d}", "{i},{d}", "{i}\t{d}", "{i}; {d}",
+    "{i} {d}", "{i},{d}", "{i}\t{d}", "{i}; {d}", '"{i}" , "{d}"', "#{i} {d}\n{i} {d}",
     "/{i} /{d} 721.5377",  # BTS
     "1305031102.1753 {i} 1305031102.1604 {d}",  # TUM
 ])
@@ -381,6 +384,13 @@ def test_a_pack_of_whole_frames_gives_what_geometry_full_gives_also_written_anew
         ours, theirs = (open_dataset(root, "all", (32, 64), geometry="full") for root in roots)
         assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(ours, theirs))
         shutil.copy(originals / "train/scene1/2.h5", originals / "train/scene0/0.h5")
+
+
+def test_a_pack_that_squeezes_its_frames_says_so(originals, tmp_path, capsys):
+    write_pack(tmp_path / "set.h5", originals, size=(30, 40))
+    assert not capsys.readouterr().err
+    write_pack(tmp_path / "set.h5", originals, size=(32, 32))
+    assert "--size 32 32 squeezes the frames: train with --geometry full" in capsys.readouterr().err
 
 
 def test_a_pack_keeps_half_a_millimetre_and_drops_what_it_cannot_hold(tmp_path):

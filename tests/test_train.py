@@ -828,6 +828,10 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--clip -1", "--clip"),
     ("--workers 100000", "--workers: must be 0 to 256"),
     ("--threads -1", "--threads"),
+    ("--weight-decay nan", "--weight-decay: must be 0 or more"),
+    ("--seed 99999999999999999999", "--seed: must be of 64 bits"),
+    ("--init .", ".: is a folder"),
+    (f"--resume {ROOT}/train.py", "train.py: give the folder of the run"),
     ("--max-depth inf", "--max-depth"),
     ("--max-depth 0.001", "0.001"),  # nothing is valid
     ("--depth-scale 0", "--depth-scale"),
