@@ -80,8 +80,8 @@ def main(argv=None):
     args, saved = parse(argv)
     rank, ranks = join_processes(args)
     with run_folder(args, saved) if rank == 0 else nullcontext() as out:
-        torch.manual_seed(args.seed)
         train_set, val_loader = open_data(args, rank)
+        torch.manual_seed(args.seed)  # after rendering, which draws random numbers on a first run
         model = make_model(args, saved).to(args.device, memory_format=torch.channels_last)
         use_fast_depthwise_gradient(model)
         network = DistributedDataParallel(model) if ranks > 1 else model  # averages gradients

@@ -348,6 +348,13 @@ def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, roo
     assert args.size == train_set.size == size
 
 
+def test_a_first_run_that_renders_its_rooms_starts_like_every_later_one(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "ROOMS", 16)
+    first, second = (go(flags, f"--data rooms --epochs 1 --out {name}") for name in ("first", "second"))
+    assert same(first, second)
+
+
 def test_another_data_set_is_trained_at_the_networks_own_size_and_crop():
     assert train.parse(["--data", "nyu"])[0].size == (224, 224)
     args, _ = train.parse(["--data", "nyu", "--model", "fpn"])
