@@ -1,7 +1,7 @@
 """Data for monocular depth: pairs of an image and its depth, from any common layout, at one size.
 
     ds = open_dataset("nyu", "train")       # a folder, a list, a .mat, a pack, or rooms:N; see LAYOUTS
-    image, depth, index = ds[0]             # (3, 224, 224) in [0, 1]; (1, 224, 224) metres, 0 = none
+    image, depth, index = ds[0]             # (3, 224, 224) in [0, 1]; (1, 224, 224) metres, 0 = not measured
     ds.files[index]                         # the name of that sample, for messages
 
 Depth is metres along the optical axis (z, not the length of the ray). Each rule stands here once: files to
@@ -24,7 +24,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class UserError(Exception):
     """A mistake of the user's. run_script prints it as one line, which names the file and the cure."""
 
 
-# 16-bit depth: value / scale = metres. SUN RGB-D rotates the bits of its millimetres: below 8.19 m, times 8.
+# 16-bit depth: value / scale = metres. SUN RGB-D rotates its millimetres by 3 bits: times 8, below 8.19 m.
 SCALES = {1000: "NYU, ScanNet", 5000: "TUM", 256: "KITTI", 8000: "SUN RGB-D", 10000: "tenths of a millimetre"}
 
 
@@ -160,7 +160,7 @@ def nearest(n_in, n_out):
 
 
 def source_grid(height, width, geometry):
-    """The source rows and columns of a geometry's grid, and its box and its crop: two sizes (H, W).
+    """The rows and columns of a frame that make up the grid, and the sizes (H, W) of the box and the crop.
 
     fastdepth, the official transforms: centre crop to 4:3 (the box), nearest to 250x333, of which the middle
     228x304 (the crop) is shown. full: all of the frame.
@@ -182,8 +182,8 @@ def sampling_grid(height, width, size, geometry="fastdepth", flip=False, zoom=1,
     Returns rows and cols (h, w) int64, and factor (h, w) float32, by which depth must be multiplied; 0 where
     the view looks past the frame. By default what source_grid shows, squeezed to `size` by nearest. The rest
     is augmentation: a horizontal flip, a zoom about the centre, and turns of the camera in degrees. After a
-    turn R, the ray r of an output pixel looks along R r, and a point at depth z is at z / (R r)_z from the
-    new camera.
+    turn R, an output pixel with the ray r (r_z = 1) looks along R r. What is z metres deep in the frame is
+    then z / (R r)_z metres deep.
     """
     source_rows, source_cols, box, (crop_h, crop_w) = source_grid(height, width, geometry)
     grid_h, grid_w = len(source_rows), len(source_cols)
@@ -243,7 +243,7 @@ def whole_image_size(frame, focal, config):
 def depth_factor(focal, frame, size, geometry, config):
     """Shown / trained focal length: what depth predicted from a frame (H, W) must be multiplied by."""
     shown = focal_lengths(focal, frame, size, geometry)
-    return math.sqrt(math.prod(shown) / math.prod(trained_focal(config)))  # the mean of both directions
+    return math.sqrt(math.prod(shown) / math.prod(trained_focal(config)))  # geometric mean of both directions
 
 
 def shrink(image, factor):
@@ -822,7 +822,7 @@ ON_WALLS = [
     thing("curtain", (.4, .9), (2.2, 2.35), (.08, .15), (-.5, .02, 0, .5, 1, 1)),
     thing("wall shelf", (.6, 1.2), (1.5, 1.9), (.2, .25),
           (-.5, .7, 0, .5, .72, 1), (-.4, .72, 0, .2, .85, 1, OTHER))]
-THINGS = 10  # tries per list: what finds no place is left out
+TRIES = 10  # per list: what finds no place is left out
 LOOSE = 24  # a thing carries fewer loose objects than this
 
 # Patterns are cells of u x v metres with dark joints between them; with shift 1 every second row is moved by
@@ -836,7 +836,7 @@ PATTERNS = np.array([
     (0.24, 0.08, 1,     .008,  .05),  # bricks
     (9.00, 0.05, 0,     .010,  0),    # blinds
     (0.05, 9.00, 0,     0,     .05),  # folds
-    (0.04, 0.31, 0,     .003,  1),   # books
+    (0.04, 0.31, 0,     .003,  1),    # books
     (0.11, 0.09, 1,     0,     .6)])  # prints
 #   wood saturation brightness  glow       plain panels planks tiles bricks blinds folds books prints, in %
 LOOKS = np.array([
@@ -873,9 +873,9 @@ def furnish(rng):
     boxes = [[(-width / 2, 0, -length / 2, width / 2, height, length / 2, 0)]]
     poses = [(0, 0, 0)]
     taken = [(eye_x - .75, eye_z - .75, eye_x + .75, eye_z + .75)]  # nothing stands nearer to the camera
-    n_looks = 3 + 9 * THINGS  # of the room, of three materials a thing; then one of each loose object
+    n_looks = 3 + 9 * TRIES  # of the room, of three materials a thing; then one of each loose object
     for kinds, space in (AGAINST_WALLS, taken), (STANDING, taken), (ON_WALLS, taken[:]):
-        for kind in rng.integers(len(kinds), size=THINGS):
+        for kind in rng.integers(len(kinds), size=TRIES):
             sizes, parts = kinds[kind]
             size = rng.uniform(*sizes)
             pose = find_place(rng, size, floor, kinds is not STANDING, space, camera)
@@ -891,7 +891,7 @@ def furnish(rng):
             boxes.append(parts)
             poses += [pose] * len(parts)
     boxes = np.concatenate(boxes)
-    rows = np.array([0, 1, 2] + [3, 4, 5] * 3 * THINGS + [6] * (n_looks - 3 - 9 * THINGS))
+    rows = np.array([0, 1, 2] + [3, 4, 5] * 3 * TRIES + [6] * (n_looks - 3 - 9 * TRIES))
     looks = paint(rng, rows)
     eye_y, pitch, roll = rng.uniform((.9, -.42, -.06), (1.75, .12, .06))
     level = np.array([cos, 0, -sin])
@@ -1023,8 +1023,9 @@ def render_room(key, size=ROOM_SIZE):
     room = furnish(rng)
     faces = find_faces(room)
     height, width = size
-    x = ((np.arange(width) + .5 - width / 2) / (FOCAL * width)).astype(np.float32)
-    y = ((height / 2 - np.arange(height) - .5) / (FOCAL * width)).astype(np.float32)
+    focal = FOCAL * max(size)
+    x = ((np.arange(width) + .5 - width / 2) / focal).astype(np.float32)
+    y = ((height / 2 - np.arange(height) - .5) / focal).astype(np.float32)
     near, hit = trace(faces, room.eye, room.axes, x, y)
     depth = 1 / near
     point = [at + depth * (right * x + up * y[:, None] + ahead)
@@ -1090,6 +1091,7 @@ def kinect_holes(depth, rng):
         hole[:, :-k] |= shift[:, k:] - shift[:, :-k] >= k
     return np.where(hole, 0, depth)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # For people: images, progress, mistakes, the command
 # ------------------------------------------------------------------------------------------------------------
@@ -1100,7 +1102,7 @@ RAMP = np.array([[252, 253, 191], [254, 194, 135], [251, 135, 97], [229, 80, 100
 
 
 def colourise(depth, near, far):
-    """(H, W) metres -> (H, W, 3) uint8: `near` bright, `far` dark (it may be the smaller), 0 and NaN grey."""
+    """(H, W) metres -> (H, W, 3) uint8: `near` bright, `far` (may be less) dark, 0 and NaN grey."""
     depth = np.asarray(depth, dtype=np.float32)
     measured = np.isfinite(depth) & (depth > 0)
     t = np.where(measured, (depth - near) / (far - near or 1), 0).clip(0, 1) * (len(RAMP) - 1)
@@ -1142,17 +1144,17 @@ def to_uint8(image):
     return (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
-def progress(what, done, total, start, note=""):
+def progress(what, done, total, start, more=""):
     """On a terminal, a line with speed and time left that updates itself and disappears at the end."""
     if not sys.stdout.isatty():
         return
     seconds = max(time.time() - start, 1e-9)
     left = round(seconds / done * (total - done))
-    line = f"{what} {done}/{total}  {done / seconds:.1f}/s  {left // 60}:{left % 60:02} left{note}"
+    line = f"{what} {done}/{total}  {done / seconds:.1f}/s  {left // 60}:{left % 60:02} left{more}"
     print(f"\r{'' if done == total else line:<79}", end="\r", flush=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def note(text):
     """Print a note to stderr, once."""
     print(f"note: {text}", file=sys.stderr)
@@ -1191,7 +1193,7 @@ def clear_partials(file):
 
 
 def worker_init(worker_id):
-    """For DataLoader(worker_init_fn=...): on Ctrl-C the main process stops its workers."""
+    """For DataLoader(worker_init_fn=...): ignore Ctrl-C in a worker, which the main process stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -1236,7 +1238,8 @@ def check_device(name):
 
 
 def run_script(main, *mistakes):
-    """Run a script's main. Exit codes: 0 done, 1 a claim failed, 2 a mistake of the user's, 130 Ctrl-C.
+    """Run a script's main. Exit codes: 0 done, 1 a check failed or a loss was not finite, 2 a mistake of the
+    user's, 130 Ctrl-C, 141 a closed pipe.
 
     mistakes: further exceptions that mean a mistake of the user's. Any other one is a bug: a traceback.
     """
@@ -1295,7 +1298,7 @@ def main(argv=None):
     for image, depth in pairs:
         rows, cols, _ = (t.numpy() for t in sampling_grid(*depth.shape, (180, 240), "full"))
         far = np.quantile(depth[depth > 0], 0.99)
-        cells.append(np.concatenate([image[rows, cols], colourise(depth, 0, far)[rows, cols]], 1))
+        cells.append(np.concatenate([image[rows, cols], colourise(depth[rows, cols], 0, far)], 1))
     out = Path(args.out or f"runs/data-{Path(args.path).resolve().name.replace(':', '-')}.png")
     with whole_file(out) as f:
         tile([cells[i:i + 3] for i in range(0, len(cells), 3)]).save(f, "PNG")

@@ -114,14 +114,14 @@ def cut(depth, rows, cols):
 
 
 def flip_average(predict):
-    """The mean of the prediction and of the flipped-back prediction of the horizontal flip."""
+    """predict, averaged with its prediction for the horizontal flip, flipped back."""
     return lambda image: (predict(image) + predict(image.flip(-1)).flip(-1)) / 2
 
 
 def at_training_scale(predict, config, size=None, geometry="full"):
     """predict() for frames (B, 3, H, W) of any size: crops by `geometry`, resizes to `size`, corrects metres.
 
-    size None: the one at which objects look as large as in training, if the focal length is the usual one.
+    size None: the one at which objects look as large as in training, assuming FOCAL.
     """
     def predict_frames(image):
         """(B, 3, H, W) in [0, 1] -> (B, 1, h, w) metres of what `geometry` shows."""
@@ -137,13 +137,14 @@ def compare(predict, image, depth, grid=None):
     pred = predict(image).float().cpu()
     if grid:
         depth = view(depth, *grid)
-    return F.interpolate(pred, depth.shape[-2:], mode="bilinear", align_corners=False), depth
+    return F.interpolate(pred, depth.shape[-2:], mode="bilinear"), depth
 
 
 def check_finite(depth, name):
     """UserError if a prediction contains NaN or infinity."""
     if not depth.isfinite().all():
-        raise UserError(f"{name or 'the network'}: predicts NaN or infinity: its weights are damaged")
+        raise UserError(f"{name or 'the network'}: predicts NaN or infinity: its weights are damaged, "
+                        "or in training --lr is too high")
 
 
 @torch.no_grad()
@@ -366,7 +367,7 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
         rows, cols = (max(1, round(n)) for n in data.visible_size(*small.shape[:2], geometry))
         top, left = (small.shape[0] - rows) // 2, (small.shape[1] - cols) // 2
         small = small[top:top + rows, left:left + cols]
-        depth = F.interpolate(depth, (rows, cols), mode="bilinear", align_corners=False)[0, 0].numpy()
+        depth = F.interpolate(depth, (rows, cols), mode="bilinear")[0, 0].numpy()
         write_depth(out / file.stem, depth, small, small_focal if ply else None)
         print(f"{file}: {by(frame)}, focal length {pixels:.0f} pixels ({'given' if focal else 'assumed'}), "
               f"seen at {by(shown)} ({geometry}); depth {depth.min():.2f} to {depth.max():.2f} m, "

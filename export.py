@@ -49,7 +49,7 @@ def export_onnx(model, file, size, config, dynamic=False):
         program = torch.onnx.export(
             fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
             opset_version=18,  # OpenCV 4.8 reads it
-            dynamo=True, verbose=False, dynamic_shapes=(free,))
+            verbose=False, dynamic_shapes=(free,))
     proto = program.model_proto
     facts = config | dict(fixed=None if dynamic else size, unit="metres")
     onnx.helper.set_model_props(proto, {"fastdepth": json.dumps(facts)})

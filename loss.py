@@ -36,18 +36,18 @@ def prepare(pred, target, mask):
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is true, along dim or of all; 0, with gradient 0, where it is true nowhere."""
+    """Mean of x where mask is true, over dim or all of x; 0, with gradient 0, if the mask is empty."""
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def log_depth(depth):
-    """log(depth) from 1 mm up, as in evaluation, and below a straight line of slope 1 per metre."""
+    """log(depth) from 1 mm up, as in evaluation; below that, a line of slope 1 per metre."""
     safe = depth.clamp(min=1e-3)
     return safe.log() + (depth - safe)  # a clamp has no gradient below 1 mm: its pixels would stay there
 
 
 def inverse_depth(depth, max_depth):
-    """max_depth / depth: 1 at max_depth, 100 at a hundredth of it, then a line of slope -1 per metre."""
+    """max_depth / depth: 1 at max_depth, 100 at a hundredth of it; below, a line of slope -1 per metre."""
     safe = depth.clamp(min=max_depth / 100)  # at 1 mm the slope is -10^7: one pixel would outweigh the batch
     return max_depth / safe - (depth - safe)
 
@@ -111,9 +111,9 @@ def silog(pred, target, mask, lam=0.5):
     """
     pred, target = prepare(pred, target, mask)
     g = log_depth(pred) - log_depth(target)
-    image = (1, 2, 3)
-    errors = masked_mean(g**2, mask, image) - lam * masked_mean(g, mask, image)**2  # (B,)
-    return masked_mean(errors, mask.any(image))
+    dims = (1, 2, 3)  # all but the batch
+    errors = masked_mean(g**2, mask, dims) - lam * masked_mean(g, mask, dims)**2  # (B,)
+    return masked_mean(errors, mask.any(dims))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,15 +177,14 @@ def ssim(pred, target, mask, max_depth=10.0):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def mae_grad_ssim(pred, target, mask, max_depth=10.0, weights=(0.6, 0.2, 1.0)):
+def mae_grad_ssim(pred, target, mask, max_depth=10.0):
     """0.6 l1 + 0.2 gradient + 1.0 ssim, of metres.
 
     The terms of Hafeez, Madden, Sistu, Ullah: Depth Estimation Using Weighted-Loss and Transfer Learning,
     2024 (arXiv:2404.07686), with the weights of a public notebook after it.
     """
-    a, b, c = weights
-    metres = a * l1(pred, target, mask) + b * gradient(pred, target, mask)
-    return metres + c * ssim(pred, target, mask, max_depth)
+    metres = 0.6 * l1(pred, target, mask) + 0.2 * gradient(pred, target, mask)
+    return metres + ssim(pred, target, mask, max_depth)
 
 
 def densedepth(pred, target, mask, max_depth=10.0):

@@ -4,7 +4,7 @@
     depth (B, 1, H/s, W/s) float32 metres along the optical axis, s = model.output_stride
 
 A network is an encoder (an image -> feature maps at 1/2 ... 1/32) and a decoder (those -> depth). The first
-section is FastDepth, whole: Wofk, Ma, Yang, Karaman, Sze: FastDepth: Fast Monocular Depth Estimation on
+section is FastDepth, complete: Wofk, Ma, Yang, Karaman, Sze: FastDepth: Fast Monocular Depth Estimation on
 Embedded Systems, 2019 (arXiv:1903.03273). Then come its relatives, the table of names, weights from
 elsewhere, counting, and last a trick for training on CPUs. The file needs nothing but torch: copy it alone.
 
@@ -140,7 +140,7 @@ class NNConv5(nn.Module):
     channels: those of the encoder's feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32.
     widths: outputs of the five blocks.
     conv: "depthwise" (5x5 depthwise + 1x1) or "dense" (one 5x5), an ablation of the paper's.
-    skip: "add" (the published network), "concat" or "none", another. There is never a skip at 1/16.
+    skip: "add" (the published network), or "concat" or "none", ablations. There is never one at 1/16.
     """
     output_stride = 1
 
@@ -196,7 +196,7 @@ class DepthHead(nn.Module):
         self.max_depth = max_depth
         self.conv = nn.Conv2d(cin, 1, kernel, padding=kernel // 2, bias=not batch_norm)
         self.bn = nn.BatchNorm2d(1) if batch_norm else nn.Identity()
-        # A fresh network predicts about 3 m, NYU's mean; around 0, half of the ReLUs would have no slope.
+        # A fresh network predicts about 3 m, NYU's mean; at 0, the ReLU would stop half of the gradients.
         offset = self.bn.bias if batch_norm else self.conv.bias
         nn.init.constant_(offset, self.y_of(min(3.0, max_depth / 2)))
 
@@ -223,8 +223,8 @@ class DepthHead(nn.Module):
 class DepthNet(nn.Module):
     """An encoder and a decoder: image (B, 3, H, W) -> metres (B, 1, H/s, W/s), s = output_stride.
 
-    Weights start from PyTorch's default, except the head's offset. So do the official decoder's, because
-    its own initialisation is never applied.
+    Weights start from PyTorch's default, except the head's offset. The official decoder's do too: its own
+    initialisation is never applied.
     """
 
     def __init__(self, encoder, decoder):
@@ -318,8 +318,8 @@ class ImageNetEncoder(Encoder):
         return super().forward((image - self.mean) / self.std)
 
 
-# MobileNetV2 without its last layer, which is for classes. t expands the channels inside a block, c of them
-# leave, n blocks follow each other, and s is the stride of the first. The decoder is FastDepth's.
+# MobileNetV2 without its last layer, which is for classes. t, c, n and s are the paper's: expansion inside a
+# block, output channels, blocks in a row, stride of the first. The decoder is FastDepth's.
 #    row        t     c    n    s    skip      output at 224x224
 MOBILENET_V2 = (
     ("stage1",  1,   16,   1,   1,  "1/2"),   # 112 x 112  --> skip after decode4
@@ -382,12 +382,12 @@ DENSENET169 = (
 class DenseLayer(nn.Module):
     """BN, ReLU, 1x1 to 128 channels, BN, ReLU, 3x3 to 32: (B, cin, H, W) -> (B, cin + 32, H, W)."""
 
-    def __init__(self, cin, growth=32):
+    def __init__(self, cin):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(cin)
-        self.conv1 = nn.Conv2d(cin, 4 * growth, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(cin, 128, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(128)
+        self.conv2 = nn.Conv2d(128, 32, 3, padding=1, bias=False)
 
     def forward(self, x):
         y = self.conv1(F.relu(self.norm1(x)))
@@ -583,7 +583,7 @@ def build_model(name, max_depth=10.0, **options):
 class StandInUnpickler(pickle.Unpickler):
     """Rebuilds tensors, gives modules of known packages an empty class, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
-    TENSORS = (
+    ALLOWED = (
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
         "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
@@ -593,7 +593,7 @@ class StandInUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         """pickle calls this for every class and function that a file names."""
-        if f"{module}.{name}" in self.TENSORS:
+        if f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         if module.startswith(self.CLASSES):
             return type(name, (nn.Module,), {})  # its objects get the file's attributes, and none of its code
@@ -634,7 +634,7 @@ def read_file(file):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old files hold the source of their classes, torch compares it
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=StandInPickle)
-    except Exception as error:  # so does a hostile one
+    except Exception as error:  # a hostile file may raise anything
         raise ModelError(f"{file}: refused ({one_line(error)})") from None
 
 
@@ -688,7 +688,7 @@ def load_model(file, device="cpu"):
 
 
 FORMAT = 2  # of a checkpoint: dict(format=, config=, weights=, and what train.py needs to go on)
-CONFIG = dict(model=str, options=dict, size=[int, int], geometry=str, max_depth=float, frame=[int, int])
+CONFIG = dict(model=str, options=dict, size=(int, int), geometry=str, max_depth=float, frame=(int, int))
 
 
 def load_checkpoint(saved):
@@ -699,8 +699,8 @@ def load_checkpoint(saved):
     config = saved.get("config")
     for key, kind in CONFIG.items():
         value = config.get(key) if isinstance(config, dict) else None
-        found = [type(n) for n in value] if isinstance(value, (list, tuple)) else type(value)
-        if found != kind or kind == [int, int] and min(value) < 1:
+        found = tuple(map(type, value)) if isinstance(value, tuple) else type(value)
+        if found != kind or kind == (int, int) and min(value) < 1:
             raise ModelError(f"not a checkpoint of train.py: the {key} in its config is {value!r:.80}")
     model = build_model(config["model"], config["max_depth"], **config["options"])
     model.load_state_dict(state_dict_of(saved["weights"]))
@@ -810,7 +810,7 @@ def fold_batch_norm(model):
 
 def main():
     parser = argparse.ArgumentParser(description="Print the sizes of all networks, or one layer by layer.")
-    parser.add_argument("name", nargs="?", choices=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("name", nargs="?", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     chosen = parser.parse_args().name
     if chosen:
         print(f"{'layer':44}{'output':>16}{'weights':>12}{'MMACs':>10}")
@@ -829,7 +829,7 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A faster gradient for depthwise convolutions on CPUs: the same numbers and names. Only train.py puts it on
+# A faster gradient for depthwise convolutions on CPUs: the same numbers and names. Only train.py uses it
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -876,8 +876,8 @@ class DepthwiseGradient(torch.autograd.Function):
         dtype = x.dtype if stride == (1, 1) else torch.promote_types(x.dtype, torch.float32)
         grad_x = conv2d_input(x.shape, weight.to(dtype), grad.to(dtype), stride, padding, groups=channels)
 
-        # Of the weight. The kernel for 3x3 is fast and the one for 5x5 is not. Each 3x3 corner of a 5x5
-        # gradient is that of a 3x3 convolution over x moved to that corner, and the four corners cover it.
+        # Of the weight. The 3x3 kernel is fast, the 5x5 kernel is not. Four overlapping 3x3 corners cover a
+        # 5x5 gradient; each is the gradient of a 3x3 convolution over x, shifted by (i, j).
         if weight.shape[2:] == (5, 5) and stride == (1, 1):
             grad_weight = torch.empty_like(weight)
             padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))

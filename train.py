@@ -132,7 +132,7 @@ def main(argv=None):
 
 # Measured with SGD. densedepth and fpn have no batch norm in the decoder and diverge at 0.05.
 LEARNING_RATES = dict.fromkeys(MODELS, 0.05) | {"densedepth": 0.005, "fpn": 0.005}
-ADAM = 0.02  # Adam's learning rate / SGD's
+ADAM_RATIO = 0.02  # Adam's learning rate / SGD's
 
 # preset -> network -> defaults for flags that are not given. FastDepth's relatives take its published
 # recipe. FPN was published for detection: SGD and the step schedule are its paper's; its learning rate is the
@@ -168,10 +168,10 @@ def make_flags():
     add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
         help="of training (default: the network's; 128 128 for the default rooms without --preset paper)")
     add("--geometry", choices=data.GEOMETRIES, help="how a frame becomes that size (default: the network's)")
-    weights = parser.add_mutually_exclusive_group().add_argument
-    weights("--init", metavar="FILE", help="start from a checkpoint, or a file of FastDepth's authors")
-    weights("--pretrained", action="store_true", help="start the encoder from ImageNet weights, downloaded")
-    weights("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
+    add_start = parser.add_mutually_exclusive_group().add_argument
+    add_start("--init", metavar="FILE", help="start from a checkpoint, or a file of FastDepth's authors")
+    add_start("--pretrained", action="store_true", help="start the encoder from ImageNet weights, downloaded")
+    add_start("--encoder-weights", metavar="FILE", help="start the encoder from this ImageNet state dict")
     # optimisation
     add("--loss", default="l1", choices=LOSSES, help="see loss.py")
     add("--epochs", type=positive(int), default=10, help="in total, including those before --resume")
@@ -181,7 +181,7 @@ def make_flags():
     add("--lr", type=positive(float), help="learning rate (default: the preset's, else train.LEARNING_RATES)")
     add("--weight-decay", type=data.non_negative, default=1e-4, help="pulls the weights towards 0")
     add("--schedule", default="plateau", choices=("plateau", "step", "cosine", "none"),
-        help="plateau: lower when validation RMSE stops falling; step: a tenth every 5 epochs; cosine: to 0")
+        help="plateau: lower when validation RMSE stops falling; step: x 0.1 every 5 epochs; cosine: to 0")
     add("--clip", type=positive(float), metavar="NORM", help="clip the gradient to this norm")
     # machine
     fastest = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -229,11 +229,11 @@ def parse(argv):
 
     if not args.size:
         small = args.data == "rooms" and args.preset != "paper"
-        args.size = SMALL if small else MODELS[args.model]["size"]
+        args.size = ROOMS_SIZE if small else MODELS[args.model]["size"]
     args.size = tuple(args.size)
     args.geometry = args.geometry or MODELS[args.model]["geometry"]
     args.options = dict(args.options or {})
-    args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM)
+    args.lr = args.lr or LEARNING_RATES[args.model] * (1 if args.optimizer == "sgd" else ADAM_RATIO)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     data.check_device(device)
     args.amp = args.amp or ("bf16" if computes_bf16(args.device) else "none")
@@ -265,13 +265,14 @@ def load_run(file):
 # Data, network, optimizer, processes
 # ------------------------------------------------------------------------------------------------------------
 
-SMALL = (128, 128)  # ten minutes on two cores are better spent on many small images than on few large ones
+ROOMS_SIZE = (128, 128)  # ten minutes on two cores are better spent on many small images than few large
 ROOMS = 4096  # training rooms of the default data
 
 
 def open_data(args, rank):
     """-> the training set, and the loader of the validation images."""
-    frame = (144, 192) if max(args.size) <= max(SMALL) else data.ROOM_SIZE
+    small = max(args.size) <= max(ROOMS_SIZE)
+    frame = (144, 192) if small else data.ROOM_SIZE  # FastDepth's crop shows 131x175 of 144x192
     pack = f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{by(frame)}.h5"
     if args.data in ("rooms", pack):  # a checkpoint holds the file's name
         args.data = pack
@@ -338,7 +339,7 @@ def make_scheduler(args, history, optimizer, steps):
         group["lr"] = group["initial_lr"] = args.lr
     if args.schedule == "plateau":
         scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
-        for row in itertools.dropwhile(lambda row: row["lr"] != args.lr, history):  # since --lr last changed
+        for row in itertools.dropwhile(lambda row: row["lr"] != args.lr, history):  # from its first epoch
             scheduler.step(row["rmse"])
         return scheduler
     factors = {
@@ -438,7 +439,7 @@ def run_folder(args, saved):
     except BaseException:
         if (out / "last.pt").exists():
             print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}", flush=True)
-        with suppress(OSError):  # there is last.pt
+        with suppress(OSError):  # rmdir fails if last.pt is there
             claim(out).unlink(missing_ok=True)
             out.rmdir()
         raise

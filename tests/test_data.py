@@ -551,7 +551,7 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_in_a_file(capsys, monkey
     data.progress("cooking", 3, 4, start=0)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    data.progress("cooking", 3, 4, start=time.time() - 6, note="  salt")
+    data.progress("cooking", 3, 4, start=time.time() - 6, more="  salt")
     shown = capsys.readouterr().out
     assert shown.startswith("\rcooking 3/4") and "0:02 left  salt" in shown and "\n" not in shown
     data.progress("cooking", 4, 4, start=0)
