@@ -74,7 +74,7 @@ def write(saved):
 
 @pytest.mark.parametrize("make, said", [
     (lambda file: None, "no such file"),
-    (lambda file: file.mkdir(), "directory"),
+    (lambda file: file.mkdir(), "is a folder: name the file in it"),
     (lambda file: file.write_bytes(b""), "copy it again"),
     (lambda file: file.write_text("Depth, in metres\n"), "refused"),
     (lambda file: file.write_text("epoch,lr,loss\n1,0.05,0.7\n"), "copy it again"),
