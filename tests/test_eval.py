@@ -562,7 +562,7 @@ def test_json_holds_every_counted_image_and_the_sheet_what_was_compared(network,
 
 
 @pytest.mark.parametrize("flags, limit, named", [
-    ("--images photo.png --out out", 19_000, "out/photo.npy"),  # the PNGs fit
+    ("--images photo.png --out out", 15_000, "out/photo_depth.png"),
     ("--data FRAMES --json out/r.json --sheet out/sheet.png", 1_000, "out/r.json"),
     ("--data FRAMES --sheet out/sheet.png", 1_000, "out/sheet.png")])
 def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, network, frames, refused, tmp_path,
@@ -572,10 +572,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
     words = flags.replace("FRAMES", str(frames[0])).split()
     with full_disk(limit):
         assert refused(eval, [network[0], *words]).startswith(f"{named}: ")
-    written = {file.name for file in Path("out").iterdir()}
-    assert written == ({"photo.png", "photo_depth.png"} if "--images" in flags else set())
-    for file in Path("out").iterdir():
-        Image.open(file).load()  # whole
+    assert not list(Path("out").iterdir())
 
 
 @pytest.mark.parametrize("flags, named", [
