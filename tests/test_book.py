@@ -136,8 +136,12 @@ def test_every_flag_that_is_named_exists():
 
 def test_every_link_and_image_between_the_pages_exists():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, heading in re.findall(r"\]\(([^)#\s]+)#?([^)]*)\)", page.read_text()):
+            file = page.parent / target
+            assert target.startswith("http") or file.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.M) if heading else ()
+            anchors = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+            assert heading in ("", *anchors), f"{page.name}: {target}#{heading}"
 
 
 def test_the_table_of_networks_is_what_model_py_counts(capsys, monkeypatch):
@@ -148,5 +152,5 @@ def test_the_table_of_networks_is_what_model_py_counts(capsys, monkeypatch):
     counted = {row[0]: row[1:] for row in rows if row and row[0] in MODELS}
     assert counted.keys() == MODELS.keys()
     for name, cells in counted.items():
-        row = next(row for row in PAGES[0].read_text().splitlines() if row.startswith(f"| `{name}` |"))
+        row = next(row for row in TEXT.splitlines() if row.startswith(f"| `{name}` |"))
         assert all(f"| {cell} |" in row for cell in cells), row
