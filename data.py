@@ -1168,26 +1168,26 @@ def whole_file(file):
         raise UserError(f"{file}: is a folder or a device: choose another name")
     file.parent.mkdir(parents=True, exist_ok=True)
     clear_partials(file)
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    unfinished = file.with_name(f"{file.name}.partial-{os.getpid()}")
     try:
-        with open(partial, "wb") as f:
+        with open(unfinished, "wb") as f:
             yield f
-        os.replace(partial, file)
+        os.replace(unfinished, file)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise UserError(f"{file}: cannot be written ({reason}): make room, or choose another place") from None
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def clear_partials(file):
-    """Remove the partial files of processes that were killed while writing `file`."""
-    for partial in file.parent.glob(f"{glob.escape(file.name)}.partial-*"):
+    """Remove the unfinished files of processes that were killed while writing `file`."""
+    for unfinished in file.parent.glob(f"{glob.escape(file.name)}.partial-*"):
         try:
-            if pid := re.fullmatch(r"\.partial-(\d{1,9})", partial.suffix):
+            if pid := re.fullmatch(r"\.partial-(\d{1,9})", unfinished.suffix):
                 os.kill(int(pid[1]), 0)  # signal 0 only asks whether it lives
         except ProcessLookupError:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         except PermissionError:
             pass  # another user's process, still running
 
@@ -1225,7 +1225,7 @@ def checked(kind, test, rule):
 positive = partial(checked, test=lambda n: 0 < n < math.inf, rule="above 0 and finite")  # positive(int)
 non_negative = checked(float, lambda x: 0 <= x < math.inf, "0 or more, and finite")
 up_to_256 = checked(int, lambda n: 0 <= n <= 256, "0 to 256")
-seed = checked(int, lambda n: abs(n) < 2**63, "of 64 bits")
+int64 = checked(int, lambda n: -2**63 <= n < 2**63, "of 64 bits")
 multiple_of_32 = checked(int, lambda n: n > 0 and n % 32 == 0, "a multiple of 32")
 
 

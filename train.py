@@ -189,7 +189,7 @@ def make_flags():
     add("--amp", choices=AMP, help="autocast (default: bf16 where the hardware has it)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--threads", type=data.up_to_256, default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
-    add("--seed", type=data.seed, default=0, help="for weights, order and augmentation")
+    add("--seed", type=data.int64, default=0, help="for weights, order and augmentation")
     # results
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
     add("--resume", metavar="DIR",

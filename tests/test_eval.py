@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 import eval
-from eval import METRICS, PROTOCOLS, depth_metrics, evaluate
+from eval import METRICS, depth_metrics, evaluate
 from model import build_model
 
 NEAREST = Image.Resampling.NEAREST
@@ -290,7 +290,7 @@ def test_protocol_garg_shows_frames_of_every_size_whole_and_scores_the_lower_par
     file = save_network(tmp_path / "kitti.pt", network[1], size=(64, 192), geometry="full", max_depth=80.0,
                         frame=(375, 1242))
     expected = []
-    for k, (height, width, shown_h) in enumerate([(94, 311, 64), (90, 306, 64), (75, 120, 128)]):
+    for k, (height, width, shown_h) in enumerate([(375, 1242, 64), (90, 306, 64), (75, 120, 128)]):
         image = blobs(k, height, width)
         depth = np.random.default_rng(k).uniform(1, 90, (height, width)).astype(np.float32)
         write_frame(tmp_path / "data", k, image, depth)
@@ -303,25 +303,6 @@ def test_protocol_garg_shows_frames_of_every_size_whole_and_scores_the_lower_par
         mask &= depth <= 80
         expected.append(reference(pred[mask].astype(float), depth[mask].astype(float)))
     agree(evaluated(file, tmp_path / "data", tmp_path, "--protocol", "garg"), mean_of(expected), rel=1e-4)
-
-
-@pytest.mark.parametrize("protocol, frame, rows, cols", [
-    ("eigen", (480, 640), (45, 471), (41, 601)), ("densedepth", (480, 640), (20, 460), (24, 616)),
-    ("garg", (375, 1242), (153, 371), (44, 1197))])
-def test_a_protocol_looks_at_its_part_and_not_a_pixel_further(protocol, frame, rows, cols):
-    depth = torch.full((1, *frame), 9.0)
-    depth[:, slice(*rows), slice(*cols)] = 2
-    settings = {key: value for key, value in PROTOCOLS[protocol].items() if key != "flip"}
-
-    def rmse():
-        dataset = [(torch.zeros(3, *frame), depth, 0)]
-        return evaluate(lambda image: torch.full((1, 1, 32, 32), 2.0), loader(dataset), **settings)[0]["rmse"]
-
-    assert rmse() == 0
-    for row, col in ((rows[0], cols[0]), (rows[1] - 1, cols[1] - 1)):
-        depth[0, row, col] = 9
-    pixels = (rows[1] - rows[0]) * (cols[1] - cols[0])
-    assert rmse() == pytest.approx(math.sqrt(2 * 7**2 / pixels))
 
 
 @pytest.mark.parametrize("flags, shape", [
@@ -377,22 +358,6 @@ def test_an_image_is_shown_at_the_scale_of_training_and_its_depth_corrected(heig
     found = predicted(network[0], tmp_path / "depth", "--images", tmp_path / "photo.png", *flags)["photo"]
     np.testing.assert_allclose(found, upsample(pred * factor, height, width), atol=2e-3)
     assert np.ptp(found) > 0.5
-
-
-def test_twice_the_focal_length_is_twice_the_depth_unless_the_pixels_double(network, tmp_path):
-    small = blobs(0, 240, 320)
-    Image.fromarray(small).save(tmp_path / "small.png")
-    Image.fromarray(small.repeat(2, 0).repeat(2, 1)).save(tmp_path / "large.png")
-
-    def depth_of(name, *flags):
-        return predicted(network[0], tmp_path / "depth", "--images", tmp_path / f"{name}.png", *flags)[name]
-
-    near = depth_of("small", "--size", 64, 64, "--focal", 150)
-    far = depth_of("small", "--size", 64, 64, "--focal", 300)
-    np.testing.assert_allclose(far, 2 * near, rtol=1e-5)
-    one = depth_of("small", "--focal", 200)
-    four = depth_of("large", "--focal", 400)
-    assert abs(upsample(four, 240, 320) - one).mean() < 0.005 and np.ptp(one) > 1
 
 
 @pytest.mark.parametrize("height, width, frame, antialiased", [
@@ -589,7 +554,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
     ("MODEL --data MIXED --protocol eigen", "1.h5: is 240x320"),
     ("MODEL --data MIXED --protocol densedepth", "1.h5: is 240x320"),
     ("MODEL --data FRAMES --protocol eigen --geometry fastdepth", "--geometry"),
-    ("MODEL --data FRAMES --device tpu9", "--device tpu9"),
+    ("MODEL --data FRAMES --device cuda:99", "--device cuda:99"),
     ("MODEL --data FRAMES --workers 100000", "--workers: must be 0 to 256, got 100000"),
     ("MODEL --images NOWHERE.jpg", "NOWHERE.jpg"),
     ("MODEL --images photo.png --json x.json", "--json"),

@@ -250,19 +250,6 @@ def test_the_comparison_is_of_every_batch_size_and_of_another_size_if_that_is_fr
     assert export.largest_difference("best.onnx", model, torch.rand(3, 3, 32, 64)) == pytest.approx(1)
 
 
-def test_an_export_that_is_interrupted_while_it_compares_leaves_nothing(checkpoint, exported, tmp_path,
-                                                                        monkeypatch):
-    def interrupted(file):
-        assert file.is_file()
-        raise KeyboardInterrupt
-
-    convert_at_once(monkeypatch, exported)
-    monkeypatch.setattr(export, "load_predictor", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export.main([str(checkpoint), "--out", str(tmp_path / "best.onnx")])
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("which, size, geometry", [("exported", SIZE, "fastdepth"), ("whole", WHOLE, "full")])
 def test_the_comparison_is_on_real_images_as_the_file_takes_them(which, size, geometry, checkpoint, frames,
                                                                  request, tmp_path, monkeypatch, capsys):

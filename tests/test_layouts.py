@@ -471,10 +471,8 @@ def test_what_a_killed_packing_left_is_cleared_by_the_next_and_ctrl_c_leaves_not
     assert process.returncode == 130 and printed == ("", "") and names_in(tmp_path) == []
 
 
-def test_the_command_packs_and_the_pack_can_be_looked_at(originals, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    data.main([str(originals), "--pack", "set.h5"])
-    data.main(["set.h5"])
-    printed = capsys.readouterr().out
-    assert "10 frames of 250x333" in printed and "set.h5: pack" in printed and "2 test" in printed
-    assert names_in(tmp_path / "runs") == ["data-set.h5.png"]
+def test_the_command_packs_with_its_flags(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "write_pack", lambda *words: asked.append(words))
+    data.main("nyu --pack nyu.h5 --size 30 40 --depth-scale 5000".split())
+    assert asked == [("nyu.h5", "nyu", (30, 40), 5000.0)]

@@ -86,6 +86,12 @@ def test_a_size_changes_only_the_resolution(rendered):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_portrait_and_landscape_have_the_focal_length_of_the_longer_side():
+    _, landscape = render_room("0 train 0", (48, 64))
+    _, portrait = render_room("0 train 0", (64, 48))
+    np.testing.assert_allclose(portrait[8:-8], landscape[:, 8:-8], rtol=1e-5)  # what both show
+
+
 @pytest.mark.parametrize("root, train, val", [
     ("rooms:8", 8, 1),
     ("rooms:17:-3", 17, 2),
