@@ -53,6 +53,7 @@ def home(tmp_path, monkeypatch):
         save_pair(tmp_path / "nyu", f"{i:05d}", height=48, width=64, seed=i)
     scenes = [f"{i:05d},room_{i // 2:04d}\n" for i in range(20)]
     (tmp_path / "nyu/scenes.csv").write_text("".join(["frame,scene\n", *scenes]))
+    (tmp_path / "kitti").symlink_to("nyu")
     (tmp_path / "nyu/dev").mkdir()
     for part, first in (("train", 0), ("val", 12)):
         lines = [f"rgb/{i:05d}.png depth/{i:05d}.png\n" for i in range(first, first + 8)]
