@@ -149,10 +149,6 @@ class NNConv5(nn.Module):
         super().__init__()
         c2, c4, c8, _, c32 = channels
         w1, w2, w3, w4, w5 = widths
-        if conv not in ("depthwise", "dense"):
-            raise ModelError(f"conv must be depthwise or dense, not {conv!r}")
-        if skip not in ("add", "concat", "none"):
-            raise ModelError(f"skip must be add, concat or none, not {skip!r}")
         if skip != "concat":
             c8 = c4 = c2 = 0  # only a concatenated skip brings the next block more channels
         block = separable if conv == "depthwise" else conv_bn_act
@@ -186,12 +182,9 @@ class NNConv5(nn.Module):
 
 class DepthHead(nn.Module):
     """The last layer of every decoder: a convolution to one number y per pixel, and y as metres."""
-    OUTPUTS = ("relu", "linear", "reciprocal", "sigmoid")
 
     def __init__(self, cin, kernel, output, max_depth, batch_norm=False):
         super().__init__()
-        if output not in self.OUTPUTS:
-            raise ModelError(f"unknown output {output!r}: choose one of {', '.join(self.OUTPUTS)}")
         self.output = output
         self.max_depth = max_depth
         self.conv = nn.Conv2d(cin, 1, kernel, padding=kernel // 2, bias=not batch_norm)
@@ -540,18 +533,20 @@ class FeaturePyramid(nn.Module):
 # size and geometry (data.py) are those of training and of the paper's evaluation.
 SMALL = dict(size=(224, 224), geometry="fastdepth")
 LARGE = dict(size=(480, 640), geometry="full")
+OUTPUT = dict(output=("relu", "linear", "reciprocal", "sigmoid"))  # options of the decoders, and their values
+NNCONV5 = dict(conv=("depthwise", "dense"), skip=("add", "concat", "none")) | OUTPUT
 MODELS = {
-    "fastdepth": dict(encoder=MobileNet, decoder=NNConv5, options=("conv", "skip"), **SMALL),
+    "fastdepth": dict(encoder=MobileNet, decoder=NNConv5, options=NNCONV5, **SMALL),
     "fastdepth-pruned": dict(
         encoder=partial(MobileNet, pruned=True), decoder=partial(NNConv5, widths=NNCONV5_PRUNED),
-        options=("conv", "skip"), **SMALL),
+        options=NNCONV5, **SMALL),
     "fastdepth-table": dict(
         encoder=partial(MobileNet, LAYER_TABLE_ENCODER, activation=nn.ReLU), decoder=LayerTableDecoder,
-        options=(), **SMALL),
+        options=OUTPUT, **SMALL),
     "mobilenetv2-nnconv5": dict(
-        encoder=MobileNetV2, decoder=partial(NNConv5, widths=NNCONV5_V2), options=("conv", "skip"), **SMALL),
-    "densedepth": dict(encoder=DenseNet169, decoder=DenseDepthDecoder, options=(), **LARGE),
-    "fpn": dict(encoder=ResNet101, decoder=FeaturePyramid, options=(), **LARGE),
+        encoder=MobileNetV2, decoder=partial(NNConv5, widths=NNCONV5_V2), options=NNCONV5, **SMALL),
+    "densedepth": dict(encoder=DenseNet169, decoder=DenseDepthDecoder, options=OUTPUT, **LARGE),
+    "fpn": dict(encoder=ResNet101, decoder=FeaturePyramid, options=OUTPUT, **LARGE),
 }
 
 
@@ -564,10 +559,12 @@ def build_model(name, max_depth=10.0, **options):
     if name not in MODELS:
         raise ModelError(f"unknown network {name!r}: choose one of {', '.join(MODELS)}")
     spec = MODELS[name]
-    allowed = (*spec["options"], "output")
-    for option in options:
+    allowed = spec["options"]
+    for option, value in options.items():
         if option not in allowed:
             raise ModelError(f"{name} has no option {option!r}, only {', '.join(allowed)}")
+        if value not in allowed[option]:
+            raise ModelError(f"unknown {option} {value!r}: choose one of {', '.join(allowed[option])}")
     if not 0 < max_depth < math.inf:
         raise ModelError(f"max_depth must be a number of metres above 0, not {max_depth}")
     encoder = spec["encoder"]()
@@ -601,12 +598,11 @@ class StandInUnpickler(pickle.Unpickler):
 
 
 class StandInPickle:
-    """The same as the module `pickle`, which torch.load wants."""
+    """What torch.load needs of the module `pickle`."""
     Unpickler = StandInUnpickler
 
     @staticmethod
     def load(file, **options):
-        """What pickle.load returns, by the unpickler above."""
         return StandInUnpickler(file, **options).load()
 
 
@@ -616,7 +612,7 @@ def one_line(error):
 
 
 def read_file(file):
-    """What torch.save wrote, on the CPU. No code in it is run; a pickled module comes as an empty nn.Module.
+    """What torch.save wrote, on the CPU. No code in it is run; of a pickled module come its tensors.
 
     The one place that calls torch.load. ModelError names the file if it is missing, cut off or refused.
     """
@@ -640,16 +636,12 @@ def read_file(file):
 
 def state_dict_of(saved):
     """{name: tensor} of a state dict, alone or under "state_dict", or of a pickled module."""
-    try:
-        if isinstance(saved, nn.Module):
-            saved = saved.state_dict()
-        state = saved.get("state_dict", saved)
-        tensors = {str(name): tensor for name, tensor in state.items()}
-    except (AttributeError, TypeError, RecursionError):  # of whatever else a file may hold
-        tensors = {}
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if isinstance(saved, nn.Module):
+        saved = saved.state_dict()
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    if not (isinstance(state, dict) and state and all(isinstance(t, torch.Tensor) for t in state.values())):
         raise ModelError("it holds no weights: no state dict and no module")
-    return tensors
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 def load_by_order(module, state, unused=()):
@@ -712,7 +704,7 @@ def load_published(saved):
     module = saved.get("model") if isinstance(saved, dict) else saved
     kind = type(module).__name__
     options = dict(MobileNetSkipAdd={}, MobileNetSkipConcat=dict(skip="concat"), MobileNet=dict(skip="none"))
-    if not isinstance(module, nn.Module) or kind not in options:
+    if kind not in options:
         raise ModelError(f"neither a checkpoint of train.py nor a published FastDepth, but {kind}")
     state = state_dict_of(module)
     stem = next(iter(state.values()))  # (filters, 3, 3, 3)
@@ -755,7 +747,7 @@ def load_encoder(model, file=None):
                              "it as --encoder-weights FILE") from None
     try:
         return load_by_order(model.encoder, state_dict_of(saved), unused)
-    except ModelError as error:
+    except (ModelError, RuntimeError) as error:  # RuntimeError: a module that contains itself
         raise ModelError(f"{file}: does not fit {kind}: {error}") from None
 
 

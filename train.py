@@ -265,7 +265,7 @@ def load_run(file):
 # Data, network, optimizer, processes
 # ------------------------------------------------------------------------------------------------------------
 
-ROOMS_SIZE = (128, 128)  # ten minutes on two cores are better spent on many small images than few large
+ROOMS_SIZE = (128, 128)  # in ten minutes on two cores, many small images teach more than few large ones
 ROOMS = 4096  # training rooms of the default data
 
 
@@ -411,13 +411,10 @@ class RunningLoss:
 
 def validate(args, epoch, loader, model, rank):
     """Validation metrics, computed by rank 0 and sent to all: every scheduler must see the same number."""
-    def predict(image):
-        """(B, 3, H, W) on the CPU -> (B, 1, H/s, W/s) metres on the device."""
-        return model(image.to(args.device, memory_format=torch.channels_last))
-
     results = [None]
     if rank == 0:
         model.eval()
+        predict = lambda image: model(image.to(args.device, memory_format=torch.channels_last))
         results[0], _ = evaluate(predict, loader, args.max_depth, name=f"epoch {epoch}, validation")
     if distributed.is_initialized():
         distributed.broadcast_object_list(results)

@@ -173,7 +173,7 @@ def holding_itself():
     (lambda: [1], "no weights"),
     (lambda: dict(state_dict=[1]), "no weights"),
     (lambda: dict(state_dict=holding_itself()), "no weights"),
-    (holding_itself, "no module"),
+    (holding_itself, "recursion"),
     (lambda: nn.CrossEntropyLoss(), "no weights"),
     (lambda: checkpoint("mobilenetv2-nnconv5"), "--init"),
 ])
