@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -42,19 +41,19 @@ from PIL import Image, ImageDraw, ImageOps
 
 
 class UserError(Exception):
-    """A mistake of the user's. run_script prints it as one line, which names the file and the cure."""
+    """A user error. run_script prints it as one line, which names the file and the cure."""
 
 
-# 16-bit depth: value / scale = metres. SUN RGB-D rotates its millimetres by 3 bits: times 8, below 8.19 m.
+# 16-bit depth: value / scale = metres. SUN RGB-D rotates the bits of millimetres by 3: x 8 below 8.19 m.
 SCALES = {1000: "NYU, ScanNet", 5000: "TUM", 256: "KITTI", 8000: "SUN RGB-D", 10000: "tenths of a millimetre"}
 
 
 def to_metres(raw, scale=1000.0, file=""):
     """Depth as stored, (H, W) or with a channel axis of 1 -> float32 metres, 0 = not measured.
 
-    Floats are metres; NaN, inf and negative values are not measured. Integers of 16 bits or more are divided
-    by `scale`; 0 and 65535 are not measured. With 8 bits, 255 is 10 m. UserError names the file if nothing
-    is measured or if the median is no plausible distance.
+    Floats are metres, integers of 16 bits or more metres x `scale`, and with 8 bits 255 is 10 m. NaN, inf,
+    negative values and the integer 65535 are not measured. UserError names the file if nothing is measured or
+    if the median is no plausible distance.
     """
     if raw.ndim == 3 and 1 in raw.shape:
         raw = raw.squeeze()
@@ -67,7 +66,7 @@ def to_metres(raw, scale=1000.0, file=""):
         metres = raw.astype(np.float32) * (10 / 255)
         cure = "8-bit depth must have 255 = 10 m"
     else:
-        metres = np.where(raw == 65535, 0, raw).astype(np.float32) / np.float32(scale)
+        metres = np.where((raw > 0) & (raw != 65535), raw, 0).astype(np.float32) / np.float32(scale)
         cure = None
     some = metres.ravel()[::97]  # one pixel in a hundred tells metres from millimetres, and takes no time
     measured = some[some > 0] if some.any() else metres[metres > 0]
@@ -280,6 +279,11 @@ class Sample(NamedTuple):
     name: str  # for messages
 
 
+def by(size):
+    """(480, 640) -> "480x640": height first, everywhere."""
+    return f"{size[0]}x{size[1]}"
+
+
 def same_aspect(size, other):
     """Whether two sizes (H, W) have the same ratio, to 2 %."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= 0.02 * size[0] * other[1]
@@ -306,12 +310,12 @@ class DepthDataset(torch.utils.data.Dataset):
         """As stored: (H, W, 3) uint8 RGB and (H, W) float32 metres."""
         _, read, _ = LAYOUTS[self.layout]
         image, depth = read(self.samples[index].source, self.scale)
-        (h, w), (depth_h, depth_w) = image.shape[:2], depth.shape
-        if not same_aspect((h, w), depth.shape):
-            raise UserError(f"{self.files[index]}: the image is {h}x{w} and its depth {depth_h}x{depth_w}: "
+        size = image.shape[:2]
+        if not same_aspect(size, depth.shape):
+            raise UserError(f"{self.files[index]}: the image is {by(size)} and its depth {by(depth.shape)}: "
                             "not the same view")
-        if (h, w) != depth.shape:
-            depth = depth[nearest(depth_h, h)[:, None].numpy(), nearest(depth_w, w).numpy()]
+        if size != depth.shape:
+            depth = depth[np.ix_(*map(nearest, depth.shape, size))]
         return image, depth
 
     def draw(self, index):
@@ -398,8 +402,8 @@ def find_samples(root):
 
 def counts_of(samples):
     """How many samples each part has, as text: "637 train, 158 val"."""
-    counts = Counter(sample.part for sample in samples)
-    return ", ".join(f"{counts[part]} {part}" for part in SPLITS if counts[part])
+    parts = [sample.part for sample in samples]
+    return ", ".join(f"{parts.count(part)} {part}" for part in SPLITS if part in parts)
 
 
 def evenly(n, k):
@@ -426,7 +430,7 @@ def check_crop(dataset, size):
         scale = math.sqrt(size[0] * size[1] / (height * width))
         h, w = (max(32, round(n * scale / 32) * 32) for n in (height, width))
         note(f"FastDepth's crop shows {shown_h / height:.0%} of the height and {shown_w / width:.0%} of the "
-             f"width of {height}x{width} frames: --geometry full --size {h} {w} shows them whole")
+             f"width of {by((height, width))} frames: --geometry full --size {h} {w} shows them whole")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -436,7 +440,7 @@ def check_crop(dataset, size):
 
 @contextmanager
 def opened(file, kind):
-    """An HDF5 file; UserError names it if it is damaged or not of its kind."""
+    """An HDF5 file; UserError names it if it is damaged or of another kind."""
     try:
         with h5py.File(file) as h5:
             yield h5
@@ -499,14 +503,6 @@ def read_mat(source, scale):
     return image.transpose(2, 1, 0), to_metres(depth.T, scale, f"{file}/{depths}[{i}]")
 
 
-def lines_of(file):
-    """The lines of a text file."""
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()  # drops Excel's byte order mark
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not text: give a folder, or a list of lines `image depth`") from None
-
-
 def find_lists(root):
     """A list of lines `image depth`, or train.txt, val.csv, ... or Kaggle's nyu2_train.csv in a folder."""
     if root.suffix in (".txt", ".csv") and root.is_file():
@@ -520,7 +516,8 @@ def find_lists(root):
 
 def read_list(file, part):
     """The samples of one list. Words without the suffix of an image or depth file are skipped."""
-    for number, line in enumerate(lines_of(file), 1):
+    text = file.read_text("utf-8-sig", errors="replace")  # without Excel's byte order mark
+    for number, line in enumerate(text.splitlines(), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
         words = [word.strip(' "') for word in words]
         names = [word for word in words if word.lower().endswith(IMAGE_SUFFIXES + DEPTH_SUFFIXES)]
@@ -558,9 +555,9 @@ def key_of(path):
 def find_pairs(root):
     """Images and depth maps in folders, paired by name: rgb/1.jpg and depth/1.png, 1_rgb.jpg and 1_depth.png.
 
-    Files with equal keys show one frame. The one whose path says `depth` most often is the depth of the one
-    that says it least; of equals, the one with fewer words. What is left over is paired by time (TUM). The
-    first folder named train, val or test is the part; the others, or a scenes.csv, name the scene.
+    Files with equal keys show one frame. The path that says `depth` most often is the depth map, the one that
+    says it least the image; ties go to the path with fewer words. What is left over is paired by time (TUM).
+    The first folder named train, val or test is the part; the others, or a scenes.csv, name the scene.
     """
     images, depths = {}, {}  # key -> [(how often the path says depth, number of words, path)]
     for path in map(Path, sorted(glob.glob("**/*.*", root_dir=root, recursive=True))):
@@ -588,7 +585,8 @@ def find_pairs(root):
     if (pairs or timed) and len(rgb) > len(timed):
         note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
     listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
-    rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
+    lines = listed.read_text("utf-8-sig", errors="replace").splitlines() if listed.is_file() else []
+    rows = [line.split(",") for line in lines[1:]]
     scenes = {Path(row[0].strip()).stem: row[1].strip() for row in rows if len(row) > 1}
     for image, depth in sorted(pairs + timed):
         folders = image.parts[:-1]
@@ -626,11 +624,8 @@ PACK_VERSION = 1  # raise it when the form of the file changes
 def pack_frame(dataset, size, index):
     """One frame as a pack stores it: (h, w, 3) uint8, (h, w) uint16 millimetres."""
     image, depth = dataset.read(index)
-    if size is None:
-        rows, cols, _, _ = source_grid(*depth.shape, "fastdepth")
-    else:
-        rows, cols = (nearest(n, to) for n, to in zip(depth.shape, size))
-    grid = rows[:, None].numpy(), cols.numpy()
+    rows, cols = map(nearest, depth.shape, size) if size else source_grid(*depth.shape, "fastdepth")[:2]
+    grid = np.ix_(rows, cols)
     millimetres = (depth[grid] * 1000).round()
     return image[grid], np.where(millimetres < 65535, millimetres, 0).astype(np.uint16)
 
@@ -641,7 +636,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     size None: frames are FastDepth's 250x333 grid with the margin outside its crop, so that geometry
     fastdepth and its augmentation read the same pixels; frames that are not 4:3 keep only their 4:3 centre,
     and rooms keep their own size. With a size: whole frames, squeezed to it, and rooms rendered at it. Depth
-    beyond 65.534 m counts as not measured. All cores work; the file does not depend on how many there are.
+    beyond 65.534 m counts as not measured. Uses all cores; the file does not depend on their number.
     """
     file, start = Path(file), time.time()
     if file.suffix != ".h5":
@@ -702,7 +697,7 @@ def read_pack(source, scale):
     """uint8 RGB and uint16 millimetres, whatever the scale of the original was."""
     file, written, i = source
     images, depths = arrays_of(file, written)
-    return np.array(images[i]), to_metres(depths[i], 1000, f"{file}[{i}]")
+    return np.array(images[i]), depths[i] / np.float32(1000)
 
 
 def find_rooms(root):
@@ -1214,7 +1209,6 @@ def make_parser(description):
 def checked(kind, test, rule):
     """The argparse type of a number that passes a test."""
     def number(text):
-        """The number in `text`, or argparse's error that says the rule."""
         if not test(value := kind(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value
@@ -1244,7 +1238,7 @@ def run_script(main, *mistakes):
     mistakes: further exceptions that mean a mistake of the user's. Any other one is a bug: a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A line is in the file as soon as it is printed, also with a name that the terminal cannot show.
+    # Write each line at once, and escape what the terminal cannot show.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return main()
@@ -1285,7 +1279,7 @@ def main(argv=None):
         source = dataset.samples[i].source
         print(f"        {' with '.join(map(str, source)) if read is read_pair else dataset.files[i]}")
     pairs = [dataset.read(i) for i in evenly(len(dataset), 24)]
-    sizes = sorted({f"{depth.shape[0]}x{depth.shape[1]}" for _, depth in pairs})
+    sizes = sorted({by(depth.shape) for _, depth in pairs})
     measured = np.concatenate([depth[depth > 0] for _, depth in pairs])
     first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
     share = measured.size / sum(depth.size for _, depth in pairs)
@@ -1297,8 +1291,7 @@ def main(argv=None):
     cells = []
     for image, depth in pairs:
         rows, cols, _ = (t.numpy() for t in sampling_grid(*depth.shape, (180, 240), "full"))
-        far = np.quantile(depth[depth > 0], 0.99)
-        cells.append(np.concatenate([image[rows, cols], colourise(depth[rows, cols], 0, far)], 1))
+        cells.append(np.concatenate([image[rows, cols], colourise(depth[rows, cols], 0, last)], 1))
     out = Path(args.out or f"runs/data-{Path(args.path).resolve().name.replace(':', '-')}.png")
     with whole_file(out) as f:
         tile([cells[i:i + 3] for i in range(0, len(cells), 3)]).save(f, "PNG")

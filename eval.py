@@ -4,8 +4,8 @@
     python eval.py best.pt --data nyu --split test --protocol eigen --json nyu.json
     python eval.py best.pt --images photos --out depth                # depth of your own photos
 
-Metrics are computed per image, then averaged over images. PROTOCOLS says what each --protocol compares, and
-where. The default, own, is the view that the network was trained and validated on.
+Metrics are computed per image, then averaged, unless the protocol pools all pixels. PROTOCOLS says what each
+--protocol compares, and where. The default, own, is the view that the network was trained and validated on.
 """
 import argparse
 import glob
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from data import FOCAL, UserError, depth_factor, shrink, valid_mask, view, whole_file, whole_image_size
+from data import (FOCAL, UserError, by, depth_factor, shrink, valid_mask, view, whole_file,
+                  whole_image_size)
 from model import ModelError, fold_batch_norm, load_model
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,8 +52,8 @@ def depth_metrics(pred, target, mask):
 
 
 def per_image_errors(pred, target, mask):
-    """As depth_metrics, but the sums over pixels from which metrics follow, for each image and each range of
-    the ground truth between LIMITS: dict of (B, ranges).
+    """As depth_metrics, but the sums over pixels from which the metrics follow, for each image and each range
+    of the ground truth between LIMITS: dict of (B, ranges).
 
     Logarithms and inverses take max(pred, 1 mm), so that a network may predict 0.
     """
@@ -92,7 +93,7 @@ def metrics_of(errors):
 
 # A protocol fixes the grid of the ground truth (if it says none, the frame's own) and the pixels that count:
 # rows and columns, in pixels or as shares of the frame, and depth up to max_depth metres. Predictions are
-# clamped to `clamp`, and with `flip` averaged with that of the horizontal flip. `pooled` means over all
+# clamped to `clamp`; `flip` averages each with that for the horizontal flip. `pooled` means over all
 # pixels, not over images. The network sees the same view at the scale of its own training.
 PROTOCOLS = {
     "own": dict(),  # size, geometry and max_depth of the network's config
@@ -253,7 +254,6 @@ def load_predictor(file, device="cpu", threads=0):
 
     @torch.no_grad()
     def predict(image):
-        """(B, 3, H, W) on the CPU -> (B, 1, H', W') metres on `device`."""
         return network(image.to(device, memory_format=torch.channels_last))
     return predict, config | dict(fixed=None, runs_on=device)
 
@@ -291,11 +291,6 @@ def load_onnx(file, device, threads):
 def default_geometry(config):
     """Photos are seen whole, except by a static .onnx of the training size, which sees training's crop."""
     return config["geometry"] if config["fixed"] == config["size"] else "full"
-
-
-def by(size):
-    """(480, 640) -> "480x640": height first, everywhere."""
-    return f"{size[0]}x{size[1]}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -336,7 +331,8 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
     taken = {file.resolve() for file in files}
     for file in files:
         again = (out / f"{file.stem}_depth.png").exists()  # an earlier prediction may be replaced
-        for target in ((out / (file.stem + end)).resolve() for end in (".png", ".npy", "_depth.png", ".ply")):
+        ends = (".png", ".npy", "_depth.png", *([".ply"] if ply else []))
+        for target in ((out / (file.stem + end)).resolve() for end in ends):
             if target in taken or target.exists() and not again:
                 raise UserError(f"{file}: its {target.name} would overwrite a file: choose another --out, or "
                                 "rename it")
@@ -355,7 +351,7 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
         frame = image.shape[:2]
         pixels = focal or FOCAL * max(frame)
         if pixels < 0.1 * max(frame):
-            raise UserError(f"--focal {focal:g}: is not in pixels: {file} has {by(frame)} of them")
+            raise UserError(f"--focal {focal:g} is too small to be in pixels: {file} is {by(frame)}")
         shown = size or whole_image_size(frame, pixels, config)
         seen = shrink(image, FOCAL * max(640, *config["frame"]) / pixels)  # then by nearest, as in training
         seen = torch.tensor(seen).permute(2, 0, 1)[None]  # (1, 3, H, W)
@@ -421,15 +417,17 @@ def point_cloud(depth, image, focal):
 def main(argv=None):
     parser = data.make_parser("Evaluate a network on a data set, or predict the depth of images.")
     add = parser.add_argument
-    add("model", help="a .pt file of train.py or an .onnx file of export.py")
+    add("model", help="a .pt file from train.py or an .onnx file from export.py")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--size", type=data.multiple_of_32, nargs=2, metavar=("H", "W"),
         help="what the network sees (default: training's scale)")
     add("--geometry", choices=data.GEOMETRIES,
         help="how a frame becomes that size (default: the protocol's; full for --images)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the flip (default: protocol's)")
+    task = parser.add_mutually_exclusive_group(required=True).add_argument
+    task("--data", metavar="PATH", help="evaluate on a data set of any layout that data.py knows")
+    task("--images", nargs="+", metavar="PATH", help="predict depth: images, folders of images or globs")
     # evaluation
-    add("--data", metavar="PATH", help="data set of any layout that data.py knows")
     add("--split", default="val", choices=(*data.SPLITS, "all"), help="of the data set")
     add("--protocol", default="own", choices=PROTOCOLS, help="what is compared, and where")
     add("--depth-scale", type=data.positive(float), default=1000.0, help="16-bit depth / this = metres")
@@ -437,7 +435,6 @@ def main(argv=None):
     add("--json", metavar="FILE", help="write all numbers there, also by distance and by image")
     add("--sheet", metavar="FILE", help="where to write the sheet of samples (default: MODEL-SPLIT.png)")
     # prediction
-    add("--images", nargs="+", metavar="PATH", help="images, folders of images or globs")
     add("--out", default="runs/depth", metavar="DIR",
         help="folder for NAME.png in millimetres, NAME.npy in metres, and NAME_depth.png to look at")
     add("--focal", type=data.positive(float), metavar="PIXELS",
@@ -445,8 +442,6 @@ def main(argv=None):
     add("--ply", action="store_true", help="also write a coloured point cloud")
     args = parser.parse_args(argv)
 
-    if (args.data is None) == (args.images is None):
-        raise UserError("give --data to evaluate, or --images to predict")
     for name in ("json", "sheet") if args.images else ("focal", "ply"):
         if getattr(args, name):
             raise UserError(f"--{name}: does nothing with --{'images' if args.images else 'data'}")

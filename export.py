@@ -7,7 +7,7 @@
 The file takes `image` (B, 3, H, W), float32 RGB in [0, 1], and gives `depth` (B, 1, H', W'), float32 metres.
 Any batch size; H and W are those of training, for images cropped as in training. --size 256 256 exports
 fastdepth for whole images (see data.whole_image_size), --dynamic for all multiples of 32. Batch norm is
-folded. The metadata entry `fastdepth` is the config as JSON: network, size, geometry, frame, range, unit.
+folded. The metadata entry `fastdepth` is the config as JSON: network, options, size, geometry, range, unit.
 Exit code 1, and no file, if ONNX Runtime and PyTorch disagree.
 """
 import json
@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from data import UserError, whole_file
-from eval import at_training_scale, by, check_finite, evaluate, load_predictor
+from data import UserError, by, whole_file
+from eval import at_training_scale, check_finite, evaluate, load_predictor
 from model import ModelError, count, fold_batch_norm, load_model
 
 TOLERANCE = 1e-4  # of max_depth: 1 mm of 10 m. Summing float32 in another order changes a hundredth of that
@@ -139,7 +139,6 @@ def opencv_lane(file, image, threads):
     cv2.setNumThreads(threads)
 
     def run():
-        """The prediction for `image`, (1, 1, H', W')."""
         net.setInput(image.numpy(), "image")
         return net.forward("depth")
     return {f"OpenCV {cv2.__version__}": run}

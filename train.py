@@ -40,8 +40,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import data
-from data import UserError, open_dataset, positive, valid_mask, whole_file
-from eval import by, evaluate, mean_depth_baseline, sample_sheet
+from data import UserError, by, open_dataset, positive, valid_mask, whole_file
+from eval import evaluate, mean_depth_baseline, sample_sheet
 from loss import LOSSES, make_loss
 from model import (FORMAT, MODELS, ModelError, build_model, count, load_encoder, load_model, read_file,
                    use_fast_depthwise_gradient)

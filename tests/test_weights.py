@@ -13,6 +13,7 @@ import torch
 import torch.nn.backends.thnn
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import data
 import model
@@ -47,11 +48,11 @@ def complaint(call, file):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(name="fastdepth-pruned", weights=None, format=2, **changes):
+def checkpoint(name="fastdepth-pruned", weights=None, **changes):
     """As train.py writes it; changes are of its config."""
     config = dict(model=name, options={}, size=(64, 96), geometry="full", max_depth=10.0, frame=(480, 640))
     weights = weights or build_model(name).state_dict()
-    return dict(format=format, config=config | changes, weights=weights, history=[])
+    return dict(format=2, config=config | changes, weights=weights, history=[])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -75,7 +76,6 @@ def write(saved):
 @pytest.mark.parametrize("make, said", [
     (lambda file: None, "no such file"),
     (lambda file: file.mkdir(), "is a folder: name the file in it"),
-    (lambda file: file.write_bytes(b""), "copy it again"),
     (lambda file: file.write_text("Depth, in metres\n"), "refused"),
     (lambda file: file.write_text("epoch,lr,loss\n1,0.05,0.7\n"), "copy it again"),
     (write(lambda: [1]), "list"),
@@ -83,23 +83,17 @@ def write(saved):
     (write(lambda: build_model("fastdepth-pruned")), "it names model.DepthNet"),
     (write(lambda: nn.Sequential(nn.Conv2d(3, 4, 1))), "Sequential"),
     (write(lambda: dict(model="fastdepth", weights={})), "format 1.*train it again, or export"),
-    (write(lambda: checkpoint(format=3)), "format 3"),
     (write(lambda: dict(format=2, weights={})), "model.*None"),
-    (write(lambda: dict(checkpoint(), weights=[1])), "no weights"),
     (write(lambda: dict(checkpoint(), weights=dict(a=1))), "no weights"),
     (write(lambda: checkpoint(weights=dict(a=torch.ones(1)))), "Missing key"),
-    (write(lambda: dict(checkpoint(), config=checkpoint("fastdepth")["config"])), "size mismatch"),
     (write(lambda: checkpoint(model="resnet")), "resnet.*fastdepth"),
     (write(lambda: checkpoint(model=["fastdepth"])), r"model.*\['fastdepth'\]"),
-    (write(lambda: checkpoint(options=dict(colour=1))), "colour.*skip"),
     (write(lambda: checkpoint(options=dict(max_depth=3.0))), "max_depth"),
-    (write(lambda: checkpoint(options={1: 2})), "1|strings"),
     (write(lambda: checkpoint(options="skip")), "options.*skip"),
     (write(lambda: checkpoint(size=(64,))), "size.*64"),
-    (write(lambda: checkpoint(frame=("480", "640"))), "frame.*480"),
+    (write(lambda: checkpoint(frame=(0, 640))), r"frame.*\(0, 640\)"),
     (write(lambda: checkpoint(geometry=None)), "geometry.*None"),
     (write(lambda: checkpoint(max_depth="10")), "max_depth.*'10'"),
-    (write(lambda: checkpoint(max_depth=-1.0)), "max_depth.*-1"),
 ])
 @pytest.mark.filterwarnings("ignore")  # of torch.load, about texts
 def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, make, said):
@@ -113,21 +107,11 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, make, said)
 # ------------------------------------------------------------------------------------------------------------
 
 IMAGENET = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def stages(steps, wanted, x):
-    """The outputs of the wanted ones of (name, module) steps; copies, because some steps work in place."""
-    found = []
-    for name, step in steps:
-        x = step(x)
-        if name in wanted:
-            found.append(x.clone())
-    return found
-
-
-ENCODERS = {  # our network: torchvision's, the steps whose outputs are wanted, a name that is not used
-    "mobilenetv2-nnconv5": ("mobilenet_v2", "1 3 6 13 17", "classifier.1.bias"),
-    "densedepth": ("densenet169", "relu0 pool0 transition1 transition2 norm5", "classifier.bias"),
+ENCODERS = {  # our network: torchvision's, the layers whose outputs are wanted, a name that is not used
+    "mobilenetv2-nnconv5": (
+        "mobilenet_v2", "features.1 features.3 features.6 features.13 features.17", "classifier.1.bias"),
+    "densedepth": ("densenet169", "features.relu0 features.pool0 features.transition1 features.transition2 "
+                   "features.norm5", "classifier.bias"),
     "fpn": ("resnet101", "relu layer1 layer2 layer3 layer4", "fc.bias"),
 }
 
@@ -140,14 +124,12 @@ def test_an_encoder_with_torchvisions_weights_gives_torchvisions_features(name, 
     torch.save(theirs.state_dict(), tmp_path / "imagenet.pth")
     assert unused in load_encoder(ours, tmp_path / "imagenet.pth")
     image = torch.rand(2, 3, 64, 96)
-    steps = list(getattr(theirs, "features", theirs).named_children())
-    if name == "fpn":
-        steps = steps[:8]  # without the classifier
+    extract = create_feature_extractor(theirs, wanted.split())
     for training in (False, True):
-        theirs.train(training)
+        extract.train(training)
         ours.train(training)
         with torch.no_grad():
-            got, expected = ours.encoder(image), stages(steps, wanted.split(), IMAGENET(image))
+            got, expected = ours.encoder(image), extract(IMAGENET(image)).values()
         assert list(ours.encoder.channels) == [x.shape[1] for x in got]
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -169,10 +151,8 @@ def holding_itself():
     (lambda: torchvision.models.resnet18().state_dict(), "MobileNetV2.*is wanted where the file has"),
     (lambda: mobilenet_v2(without="features.17.conv.3.running_var"), "is wanted where"),
     (lambda: mobilenet_v2(extra=torch.zeros(3)), "nothing is wanted where the file has extra"),
-    (lambda: {}, "no weights"),
     (lambda: [1], "no weights"),
     (lambda: dict(state_dict=[1]), "no weights"),
-    (lambda: dict(state_dict=holding_itself()), "no weights"),
     (holding_itself, "recursion"),
     (lambda: nn.CrossEntropyLoss(), "no weights"),
     (lambda: checkpoint("mobilenetv2-nnconv5"), "--init"),
@@ -229,11 +209,14 @@ class Published(nn.Module):
         self.decode_conv6 = nn.Sequential(*conv(decoder[-1], 1, 1, 1, nn.ReLU))
 
 
-class Backend:
-    """What every module of PyTorch up to 1.2 held as `_backend`."""
+class Call:
+    """Reading it from a file calls a function."""
+
+    def __init__(self, call, *args):
+        self.call = call, args
 
     def __reduce__(self):
-        return torch.nn.backends.thnn._get_thnn_function_backend, ()
+        return self.call
 
 
 class Result:
@@ -251,7 +234,7 @@ def publish(tmp_path, monkeypatch):
         monkeypatch.setattr(Result, "__module__", "metrics")
         network = season(classes["models"](*widths))
         for layer in network.modules():
-            layer._backend = Backend()
+            layer._backend = Call(torch.nn.backends.thnn._get_thnn_function_backend)  # of PyTorch up to 1.2
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
         nn.init.constant_(network.decode_conv6[1].bias, 3)  # else depth would be 0 everywhere
@@ -267,7 +250,6 @@ def publish(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind, widths, name, options, zip_format, wrapped", [
     ("MobileNetSkipAdd", FULL, "fastdepth", {}, True, True),
     ("MobileNetSkipAdd", PRUNED, "fastdepth-pruned", {}, True, True),
-    ("MobileNetSkipAdd", PRUNED, "fastdepth-pruned", {}, False, True),
     ("MobileNetSkipAdd", PRUNED, "fastdepth-pruned", {}, True, False),
     ("MobileNetSkipConcat", FULL, "fastdepth", dict(skip="concat"), False, True),
     ("MobileNet", FULL, "fastdepth", dict(skip="none"), False, True),
@@ -286,12 +268,9 @@ def test_a_published_network_is_read_without_its_code_and_predicts_the_same(
         torch.testing.assert_close(model(image), expected)
 
 
-@pytest.mark.parametrize("kind, widths, said", [
-    ("MobileNetSkipAdd", (PRUNED[0], FULL[1]), "is wanted where the file has"),
-    ("ResNetSkipAdd", PRUNED, "ResNetSkipAdd"),
-])
-def test_a_published_network_of_other_layers_is_refused(kind, widths, said, publish):
-    assert said in complaint(load_model, publish(kind, widths)[1])
+def test_a_published_network_of_other_layers_is_refused(publish):
+    _, file = publish("MobileNetSkipAdd", (PRUNED[0], FULL[1]))
+    assert "is wanted where the file has" in complaint(load_model, file)
 
 
 def test_the_authors_imagenet_file_fills_the_encoder(tmp_path):
@@ -306,19 +285,10 @@ def test_the_authors_imagenet_file_fills_the_encoder(tmp_path):
         assert torch.equal(ours.encoder(image)[-1], nn.Sequential(*layers)(image))
 
 
-class Malicious:
-    def __init__(self, call, *args):
-        self.call = call, args
-
-    def __reduce__(self):
-        return self.call
-
-
 @pytest.mark.parametrize("zip_format", [True, False])
 @pytest.mark.parametrize("call", [
     (os.system, "touch pwned"),
     (eval, "open('pwned', 'w')"),
-    (exec, "open('pwned', 'w')"),
     (subprocess.call, ["touch", "pwned"]),
     (torch.hub.load, "x", "y"),
     (torch.load, "x"),
@@ -326,7 +296,7 @@ class Malicious:
 ], ids=lambda call: call[0].__name__)
 def test_a_malicious_file_is_refused_by_name_and_not_run(call, zip_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(epoch=1, model=Malicious(*call)), "evil.pth", _use_new_zipfile_serialization=zip_format)
+    torch.save(dict(epoch=1, model=Call(*call)), "evil.pth", _use_new_zipfile_serialization=zip_format)
     for load in (load_model, lambda file: load_encoder(build_model("mobilenetv2-nnconv5"), file)):
         line = complaint(load, "evil.pth")
         assert call[0].__name__ in line and "nothing was run" in line
