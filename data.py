@@ -1291,7 +1291,8 @@ def main(argv=None):
     cells = []
     for image, depth in pairs:
         rows, cols, _ = (t.numpy() for t in sampling_grid(*depth.shape, (180, 240), "full"))
-        cells.append(np.concatenate([image[rows, cols], colourise(depth[rows, cols], 0, last)], 1))
+        far = np.quantile(depth[depth > 0], 0.99) if depth.any() else last
+        cells.append(np.concatenate([image[rows, cols], colourise(depth[rows, cols], 0, far)], 1))
     out = Path(args.out or f"runs/data-{Path(args.path).resolve().name.replace(':', '-')}.png")
     with whole_file(out) as f:
         tile([cells[i:i + 3] for i in range(0, len(cells), 3)]).save(f, "PNG")
