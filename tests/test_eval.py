@@ -383,6 +383,16 @@ def test_geometry_fastdepth_gives_the_depth_of_the_crop_of_training_alone(networ
     assert abs(points[:, 0] / points[:, 2]).max() == pytest.approx(291.5 / (0.81 * 640), rel=1e-4)
 
 
+def test_a_point_cloud_of_ones_own_is_in_the_way_of_ply_only(network, tmp_path, refused):
+    Image.fromarray(blobs(8, 32, 32)).save(tmp_path / "photo.jpg")
+    mine = tmp_path / "photo.ply"
+    mine.write_text("mine")
+    argv = [network[0], "--images", tmp_path / "photo.jpg", "--out", tmp_path]
+    assert "its photo.ply would overwrite" in refused(eval, [*argv, "--ply"])
+    eval.main([str(word) for word in argv])
+    assert mine.read_text() == "mine"
+
+
 def read_ply(file):
     """The points (N, 3) and colours (N, 3) of a binary .ply file, as its header describes them."""
     header, _, body = Path(file).read_bytes().partition(b"end_header\n")
