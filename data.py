@@ -1232,10 +1232,10 @@ def check_device(name):
 
 
 def run_script(main, *mistakes):
-    """Run a script's main. Exit codes: 0 done, 1 a check failed or a loss was not finite, 2 a mistake of the
-    user's, 130 Ctrl-C, 141 a closed pipe.
+    """Run a script's main. Exit codes: 0 done, 1 a check failed or a loss was not finite, 2 a user error,
+    130 Ctrl-C, 141 a closed pipe.
 
-    mistakes: further exceptions that mean a mistake of the user's. Any other one is a bug: a traceback.
+    mistakes: further exceptions that mean a user error. Any other exception is a bug: a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Write each line at once, and escape what the terminal cannot show.

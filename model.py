@@ -4,9 +4,10 @@
     depth (B, 1, H/s, W/s) float32 metres along the optical axis, s = model.output_stride
 
 A network is an encoder (an image -> feature maps at 1/2 ... 1/32) and a decoder (those -> depth). The first
-section is FastDepth, complete: Wofk, Ma, Yang, Karaman, Sze: FastDepth: Fast Monocular Depth Estimation on
-Embedded Systems, 2019 (arXiv:1903.03273). Then come its relatives, the table of names, weights from
-elsewhere, counting, and last a trick for training on CPUs. The file needs nothing but torch: copy it alone.
+section is FastDepth, complete (Wofk, Ma, Yang, Karaman, Sze: FastDepth: Fast Monocular Depth Estimation on
+Embedded Systems, 2019, arXiv:1903.03273). Then come its relatives, the table of names, weights from
+elsewhere, counting, and last a faster gradient for training on CPUs. The file needs nothing but torch: copy
+it alone.
 
     python model.py                 # all networks and their sizes
     python model.py fastdepth       # one network, layer by layer
@@ -33,7 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ModelError(ValueError):
-    """A mistake of the user's, such as a file that is no checkpoint. One line that says the cure."""
+    """A user error, such as a file that is not a checkpoint. The message is one line that says the cure."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -578,7 +579,7 @@ def build_model(name, max_depth=10.0, **options):
 
 
 class StandInUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, gives modules of known packages an empty class, and refuses everything else."""
+    """Rebuilds tensors, replaces modules of known packages by an empty class, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
     ALLOWED = (
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
@@ -624,7 +625,7 @@ def read_file(file):
         raise ModelError(f"{file}: is a folder: name the file in it, such as best.pt") from None
     except pickle.UnpicklingError:
         pass  # more than tensors and plain values: perhaps one of FastDepth's modules
-    except Exception as error:  # a cut-off or foreign file raises errors of many types
+    except Exception as error:  # cut off, foreign, or TorchScript, which the call below would load
         raise ModelError(f"{file}: not a whole torch.save file ({one_line(error)}): copy it again") from None
     try:
         with warnings.catch_warnings():
@@ -726,7 +727,7 @@ IMAGENET = {
 def load_encoder(model, file=None):
     """Put ImageNet weights into model.encoder: a file's, or torchvision's, downloaded and checked by hash.
 
-    Returns the names in the file that the encoder has no use for. ModelError unless the rest fits exactly.
+    Returns the names in the file that the encoder does not use. ModelError unless the rest fits exactly.
     """
     kind = type(model.encoder).__name__
     name, unused = IMAGENET[kind]

@@ -270,7 +270,7 @@ ROOMS = 4096  # training rooms of the default data
 
 
 def open_data(args, rank):
-    """-> the training set, and the loader of the validation images."""
+    """The training set, and the loader of the validation images."""
     small = max(args.size) <= max(ROOMS_SIZE)
     frame = (144, 192) if small else data.ROOM_SIZE  # FastDepth's crop shows 131x175 of 144x192
     pack = f"data/rooms-v{data.ROOMS_VERSION}-{ROOMS}-{by(frame)}.h5"
@@ -465,7 +465,7 @@ def claim(out):
 
 
 def show_plan(args, out, history, model, train_set, val_loader, ranks):
-    """Print what is going to happen; returns the metrics of the mean-depth baseline."""
+    """Print the plan of the run; returns the metrics of the mean-depth baseline."""
     size = count(model, *args.size)
     processes = f"{ranks} processes" if ranks > 1 else "1 process"
     print(f"device    {args.device}, {torch.get_num_threads()} threads, amp {args.amp}, {processes}")
