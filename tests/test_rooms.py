@@ -60,7 +60,7 @@ def first_hit(room, rays):
     return np.min(boxes, axis=0)  # box 0 is the room itself: of that, the far side is seen
 
 
-@pytest.mark.parametrize("index, size", enumerate([(60, 80)] * 5 + [(80, 60)]))
+@pytest.mark.parametrize("index, size", list(enumerate([(60, 80)] * 5 + [(80, 60)])))
 def test_depth_is_that_of_the_nearest_body_found_along_each_ray(index, size):
     room = data.furnish(np.random.default_rng(list(f"9 val {index}".encode())))
     y, x = (np.indices(size) + 0.5 - np.reshape(size, (2, 1, 1)) / 2) / (FOCAL * 80)
