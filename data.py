@@ -503,6 +503,14 @@ def read_mat(source, scale):
     return image.transpose(2, 1, 0), to_metres(depth.T, scale, f"{file}/{depths}[{i}]")
 
 
+def lines_of(file):
+    """The lines of a text file."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()  # drops Excel's byte order mark
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8 text: save it as UTF-8") from None
+
+
 def find_lists(root):
     """A list of lines `image depth`, or train.txt, val.csv, ... or Kaggle's nyu2_train.csv in a folder."""
     if root.suffix in (".txt", ".csv") and root.is_file():
@@ -516,8 +524,7 @@ def find_lists(root):
 
 def read_list(file, part):
     """The samples of one list. Words without the suffix of an image or depth file are skipped."""
-    text = file.read_text("utf-8-sig", errors="replace")  # without Excel's byte order mark
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         words = re.split(r"[,;\t]\s*" if re.search(r"[,;\t]", line) else r"\s+", line.strip())
         words = [word.strip(' "') for word in words]
         names = [word for word in words if word.lower().endswith(IMAGE_SUFFIXES + DEPTH_SUFFIXES)]
@@ -585,8 +592,7 @@ def find_pairs(root):
     if (pairs or timed) and len(rgb) > len(timed):
         note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
     listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
-    lines = listed.read_text("utf-8-sig", errors="replace").splitlines() if listed.is_file() else []
-    rows = [line.split(",") for line in lines[1:]]
+    rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
     scenes = {Path(row[0].strip()).stem: row[1].strip() for row in rows if len(row) > 1}
     for image, depth in sorted(pairs + timed):
         folders = image.parts[:-1]
@@ -1281,6 +1287,8 @@ def main(argv=None):
     pairs = [dataset.read(i) for i in evenly(len(dataset), 24)]
     sizes = sorted({by(depth.shape) for _, depth in pairs})
     measured = np.concatenate([depth[depth > 0] for _, depth in pairs])
+    if not measured.size:
+        raise UserError(f"{args.path}: no pixel of these frames is measured")
     first, median, last = np.quantile(measured, (0.01, 0.5, 0.99))
     share = measured.size / sum(depth.size for _, depth in pairs)
     print(f"size    {' '.join(sizes)} in {len(pairs)} pairs looked at")

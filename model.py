@@ -613,7 +613,7 @@ def one_line(error):
 
 
 def read_file(file):
-    """What torch.save wrote, on the CPU. No code in it is run; of a pickled module come its tensors.
+    """What torch.save wrote, on the CPU. No code in it is run; a pickled module keeps only its tensors.
 
     The one place that calls torch.load. ModelError names the file if it is missing, cut off or refused.
     """
@@ -638,7 +638,10 @@ def read_file(file):
 def state_dict_of(saved):
     """{name: tensor} of a state dict, alone or under "state_dict", or of a pickled module."""
     if isinstance(saved, nn.Module):
-        saved = saved.state_dict()
+        try:
+            saved = saved.state_dict()
+        except AttributeError:  # the file left out or replaced what every module has
+            saved = {}
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
     if not (isinstance(state, dict) and state and all(isinstance(t, torch.Tensor) for t in state.values())):
         raise ModelError("it holds no weights: no state dict and no module")

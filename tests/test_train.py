@@ -147,8 +147,15 @@ def test_an_epoch_of_one_seed_is_no_epoch_of_another(flags):
         loader = train.epoch_loader(args, epoch, train_set, rank=0, ranks=1)
         drawn.add((*loader.sampler, torch.initial_seed()))
         assert (train_set.seed, train_set.epoch) == (seed, epoch)
-        assert loader.worker_init_fn is data.worker_init  # by which workers ignore Ctrl-C
+        assert loader.worker_init_fn is data.worker_init
     assert len(drawn) == 16
+
+
+def test_workers_leave_ctrl_c_to_the_main_process():
+    loader = torch.utils.data.DataLoader(
+        range(1), batch_size=None, num_workers=1, worker_init_fn=data.worker_init,
+        collate_fn=lambda _: signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+    assert list(loader) == [True]
 
 
 def test_a_run_writes_its_files_and_best_is_the_epoch_of_the_lowest_rmse(rooms, run):

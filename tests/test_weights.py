@@ -147,7 +147,14 @@ def holding_itself():
     return module
 
 
+def damaged():
+    module = nn.Sequential()
+    module._modules["list"] = [1]
+    return module
+
+
 @pytest.mark.parametrize("saved, said", [
+    (damaged, "no weights"),
     (lambda: torchvision.models.resnet18().state_dict(), "MobileNetV2.*is wanted where the file has"),
     (lambda: mobilenet_v2(without="features.17.conv.3.running_var"), "is wanted where"),
     (lambda: mobilenet_v2(extra=torch.zeros(3)), "nothing is wanted where the file has extra"),
