@@ -265,7 +265,7 @@ def load_run(file):
 # Data, network, optimizer, processes
 # ------------------------------------------------------------------------------------------------------------
 
-ROOMS_SIZE = (128, 128)  # in ten minutes on two cores, many small images teach more than few large ones
+ROOMS_SIZE = (128, 128)  # in equal time, many small images teach more than few large ones
 ROOMS = 4096  # training rooms of the default data
 
 
