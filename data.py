@@ -71,7 +71,7 @@ def to_metres(raw, scale=1000.0, file=""):
     some = metres.ravel()[::97]  # one pixel in a hundred tells metres from millimetres, and takes no time
     measured = some[some > 0] if some.any() else metres[metres > 0]
     if not measured.size:
-        raise UserError(f"{file}: no pixel of this depth map is measured (0, NaN or inf): remove the file")
+        raise UserError(f"{file}: no pixel of this depth map is measured: remove the file")
     median = float(np.median(measured))
     if not 0.05 < median < 200:
         cure = cure or likely_scales(median, scale) or "set --depth-scale"
@@ -1215,6 +1215,7 @@ def make_parser(description):
 def checked(kind, test, rule):
     """The argparse type of a number that passes a test."""
     def number(text):
+        """The number in `text`, or argparse's error that says the rule."""
         if not test(value := kind(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
         return value

@@ -93,7 +93,7 @@ def metrics_of(errors):
 
 # A protocol fixes the grid of the ground truth (if it says none, the frame's own) and the pixels that count:
 # rows and columns, in pixels or as shares of the frame, and depth up to max_depth metres. Predictions are
-# clamped to `clamp`; `flip` averages each with that for the horizontal flip. `pooled` means over all
+# clamped to `clamp`, and with `flip` averaged with those for the flipped images. `pooled` means over all
 # pixels, not over images. The network sees the same view at the scale of its own training.
 PROTOCOLS = {
     "own": dict(),  # size, geometry and max_depth of the network's config
@@ -254,6 +254,7 @@ def load_predictor(file, device="cpu", threads=0):
 
     @torch.no_grad()
     def predict(image):
+        """(B, 3, H, W) on the CPU -> (B, 1, H', W') metres on `device`."""
         return network(image.to(device, memory_format=torch.channels_last))
     return predict, config | dict(fixed=None, runs_on=device)
 

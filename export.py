@@ -7,7 +7,7 @@
 The file takes `image` (B, 3, H, W), float32 RGB in [0, 1], and gives `depth` (B, 1, H', W'), float32 metres.
 Any batch size; H and W are those of training, for images cropped as in training. --size 256 256 exports
 fastdepth for whole images (see data.whole_image_size), --dynamic for all multiples of 32. Batch norm is
-folded. The metadata entry `fastdepth` is the config as JSON: network, options, size, geometry, range, unit.
+folded. The metadata entry `fastdepth` is the network's config as JSON, with the unit of depth.
 Exit code 1, and no file, if ONNX Runtime and PyTorch disagree.
 """
 import json
@@ -139,6 +139,7 @@ def opencv_lane(file, image, threads):
     cv2.setNumThreads(threads)
 
     def run():
+        """The prediction for `image`, (1, 1, H', W')."""
         net.setInput(image.numpy(), "image")
         return net.forward("depth")
     return {f"OpenCV {cv2.__version__}": run}

@@ -138,6 +138,8 @@ class MobileNet(Encoder):
 class NNConv5(nn.Module):
     """FastDepth's decoder: five 5x5 blocks, each followed by a nearest-neighbour x2, and a 1x1 head.
 
+    build_model checks the values of conv, skip and output; this class does not.
+
     channels: those of the encoder's feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32.
     widths: outputs of the five blocks.
     conv: "depthwise" (5x5 depthwise + 1x1) or "dense" (one 5x5), an ablation of the paper's.
@@ -579,7 +581,7 @@ def build_model(name, max_depth=10.0, **options):
 
 
 class StandInUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, replaces modules of known packages by an empty class, and refuses everything else."""
+    """Rebuilds tensors, replaces known modules with an empty class, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
     ALLOWED = (
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
@@ -604,6 +606,7 @@ class StandInPickle:
 
     @staticmethod
     def load(file, **options):
+        """What pickle.load returns, by the unpickler above."""
         return StandInUnpickler(file, **options).load()
 
 
