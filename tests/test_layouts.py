@@ -410,6 +410,8 @@ def test_a_packed_frame_without_depth_in_its_4_3_centre_is_read_as_not_measured(
     save(tmp_path / "set/depth/1.npy", depth)
     write_pack(tmp_path / "set.h5", tmp_path / "set")
     assert not open_dataset(tmp_path / "set.h5", "all").read(0)[1].any()
+    with complains("set.h5: no pixel of these frames is measured"):
+        data.main([str(tmp_path / "set.h5")])
 
 
 @pytest.mark.filterwarnings("error", "ignore:This DataLoader")  # the second: of machines with one core
