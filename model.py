@@ -580,6 +580,16 @@ def build_model(name, max_depth=10.0, **options):
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Ignored:
+    """Stands for the numpy scalars of a best_result: numpy itself would trust any bytes that a file gives."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 class StandInUnpickler(pickle.Unpickler):
     """Rebuilds tensors, replaces known modules with an empty class, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
@@ -588,13 +598,14 @@ class StandInUnpickler(pickle.Unpickler):
         "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
         "torch.nn.backends.thnn._get_thnn_function_backend",  # of PyTorch up to 1.2; it returns None
-        "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",  # a best_result
     )
 
     def find_class(self, module, name):
         """pickle calls this for every class and function that a file names."""
         if f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
+        if module.split(".")[0] == "numpy":
+            return Ignored
         if module.startswith(self.CLASSES):
             return type(name, (nn.Module,), {})  # its objects get the file's attributes, and none of its code
         raise pickle.UnpicklingError(f"it names {module}.{name}, no tensor or module; nothing was run")
@@ -708,7 +719,7 @@ def load_checkpoint(saved):
 
 def load_published(saved):
     """A module that FastDepth's authors pickled, or a dict with one as "model" -> the network, its config."""
-    module = saved.get("model") if isinstance(saved, dict) else saved
+    module = saved.get("model", saved) if isinstance(saved, dict) else saved
     kind = type(module).__name__
     options = dict(MobileNetSkipAdd={}, MobileNetSkipConcat=dict(skip="concat"), MobileNet=dict(skip="none"))
     if kind not in options:
@@ -749,13 +760,13 @@ def load_encoder(model, file=None):
         try:
             saved = torch.hub.load_state_dict_from_url(file, map_location="cpu", check_hash=True,
                                                        weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise ModelError(f"{file}: cannot be downloaded ({one_line(error)}): fetch it elsewhere and give "
-                             "it as --encoder-weights FILE") from None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ModelError(f"{file}: cannot be downloaded or read ({one_line(error)}): fetch it elsewhere "
+                             "and give it as --encoder-weights FILE") from None
     try:
         return load_by_order(model.encoder, state_dict_of(saved), unused)
-    except (ModelError, RuntimeError) as error:  # RuntimeError: a module that contains itself
-        raise ModelError(f"{file}: does not fit {kind}: {error}") from None
+    except (ModelError, RuntimeError, TypeError) as error:  # of damaged modules
+        raise ModelError(f"{file}: does not fit {kind}: {one_line(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
