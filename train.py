@@ -146,8 +146,8 @@ PRESETS = {
 
 OPTIMIZERS = {"sgd": partial(SGD, momentum=0.9), "adam": Adam, "adamw": AdamW}
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "amp", "compile", "threads",
-              "workers", "tensorboard")  # on --resume
+MAY_CHANGE = ("resume", "epochs", "lr", "epochs_before_lr", "schedule", "clip", "data", "device", "amp",
+              "compile", "threads", "workers", "tensorboard")  # on --resume
 
 
 def make_flags():
@@ -194,6 +194,7 @@ def make_flags():
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
     add("--resume", metavar="DIR",
         help="continue the run in DIR with its flags; train.MAY_CHANGE lists those that may change")
+    parser.set_defaults(epochs_before_lr=0)  # more if --resume gave --lr
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard too")
     return parser
 
@@ -218,14 +219,17 @@ def parse(argv):
     """The flags, and the checkpoint to resume from or None."""
     parser = make_flags()
     args = parser.parse_args(argv)
+    new_lr = args.lr
     if args.resume and Path(args.resume).is_file():
         raise UserError(f"--resume {args.resume}: give the folder of the run")
-    saved = load_run(Path(args.resume) / "last.pt") if args.resume else None
+    saved = load_run(Path(args.resume)) if args.resume is not None else None
     if saved:
         parser.set_defaults(**saved["args"])
     elif args.preset:
         parser.set_defaults(**PRESETS[args.preset][args.model])
     args = parser.parse_args(argv)  # again: flags on the command line override these defaults
+    if saved and new_lr:
+        args.epochs_before_lr = len(saved["history"])
 
     if not args.size:
         small = args.data == "rooms" and args.preset != "paper"
@@ -248,8 +252,9 @@ def parse(argv):
     return args, saved
 
 
-def load_run(file):
+def load_run(out):
     """The checkpoint from which --resume continues."""
+    file = out / "last.pt"
     load_model(file)  # its errors name the file and the cure
     saved = read_file(file)
     parts = dict(optimizer=dict, scaler=dict, history=list, args=dict)
@@ -258,6 +263,9 @@ def load_run(file):
             and all(isinstance(row, dict) and "rmse" in row for row in saved["history"])
             and "param_groups" in saved["optimizer"]):
         raise UserError(f"{file}: a network without a run to resume: start a new run with --init {file}")
+    best = out / "best.pt"
+    if not best.exists() and best_of(saved["history"]) is not saved["history"][-1]:
+        raise UserError(f"{best}: is missing: copy the whole folder of a run")
     return saved
 
 
@@ -315,7 +323,7 @@ def make_model(args, saved):
     model = build_model(args.model, args.max_depth, **args.options)
     if saved:
         model.load_state_dict(saved["weights"])
-    elif args.init:
+    elif args.init is not None:
         initial, config = load_model(args.init)
         if (config["model"], config["options"]) != (args.model, args.options):
             raise UserError(f"{args.init}: holds --model {config['model']}, options {config['options']}")
@@ -339,7 +347,7 @@ def make_scheduler(args, history, optimizer, steps):
         group["lr"] = group["initial_lr"] = args.lr
     if args.schedule == "plateau":
         scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
-        for row in itertools.dropwhile(lambda row: row["lr"] != args.lr, history):  # from its first epoch
+        for row in history[args.epochs_before_lr:]:
             scheduler.step(row["rmse"])
         return scheduler
     factors = {
@@ -434,7 +442,9 @@ def run_folder(args, saved):
     try:
         yield out
     except BaseException:
-        if (out / "last.pt").exists():
+        if saved:
+            print("\nstopped; the same command resumes", flush=True)
+        elif (out / "last.pt").exists():
             print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}", flush=True)
         with suppress(OSError):  # rmdir fails if last.pt is there
             claim(out).unlink(missing_ok=True)
@@ -450,13 +460,15 @@ def claim_folder(args):
         if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {claim(out)}):
             raise UserError(f"{out}: is not an empty folder: choose another --out, or --resume the run there")
         out.mkdir(parents=True, exist_ok=True)
-        claim(out).touch()
-        return out
-    for k in itertools.count(1):
-        out = Path("runs") / f"{args.model}-{k}"
-        with suppress(FileExistsError):
-            out.mkdir(parents=True)
-            return out
+    else:
+        Path("runs").mkdir(exist_ok=True)
+        for k in itertools.count(1):
+            out = Path("runs") / f"{args.model}-{k}"
+            with suppress(FileExistsError):
+                out.mkdir()
+                break
+    claim(out).touch()
+    return out
 
 
 def claim(out):

@@ -465,6 +465,15 @@ def test_a_learning_rate_given_on_resume_replaces_the_old(schedule, flags, tmp_p
     assert groups == [[lowered, 0.02, 0.9], [0.004, 0.02, 0.9]] and len(read_log(run)) == 3
 
 
+def test_a_learning_rate_given_on_resume_starts_plateau_again(flags, steps, tmp_path, monkeypatch):
+    let_rmse_fall(monkeypatch, 1.0)
+    go(flags, "--epochs 3")
+    resume(tmp_path / "run", "--epochs 5 --lr 0.003")
+    resume(tmp_path / "run", "--epochs 6")
+    resume(tmp_path / "run", "--epochs 7 --lr 0.003")
+    assert [lr for lr, _ in steps][::2] == pytest.approx([0.01, 0.01, 0.003, 0.003, 0.003, 0.0009, 0.003])
+
+
 @pytest.mark.parametrize("able, amp", [("avx2", "none"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
 def test_bf16_is_the_default_only_where_the_processor_computes_it(able, amp, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
@@ -626,7 +635,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(device, run
     train_set = data.open_dataset(load(run / "last.pt")["args"]["data"], "train", limit=10)
     batch = train.epoch_loader(args, 3, train_set, rank=0, ranks=1).sampler[4:8]
     assert message.endswith(", ".join(train_set.files[i] for i in batch))
-    assert contents(run) == before and "--resume" in capsys.readouterr().out
+    assert contents(run) == before and "the same command resumes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device, looks", [("cpu", list(range(1, 25))), ("cuda", [20, 24])])
@@ -688,15 +697,30 @@ def test_a_run_that_failed_leaves_no_folder(flags, refused, tmp_path):
     assert not out.exists()
 
 
-def test_a_folder_is_claimed_before_the_first_epoch(flags):
-    args, _ = train.parse(flags)
-    out = train.claim_folder(args)
+def test_a_folder_is_claimed_before_the_first_epoch(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = train.parse(flags[:-2])
+    args.out = out = train.claim_folder(args)  # runs/MODEL-1
     assert train.claim_folder(args) == out  # in a container, a killed run may have had the same PID
     train.claim(out).rename(out / f"last.pt.partial-{os.getppid()}")
-    with pytest.raises(data.UserError, match="run: is not an empty folder"):
+    with pytest.raises(data.UserError, match="-1: is not an empty folder"):
         train.claim_folder(args)  # the first is still running
     (out / f"last.pt.partial-{os.getppid()}").rename(out / "last.pt.partial-99999999")  # it was killed
     assert train.claim_folder(args) == out
+
+
+def test_a_folder_runs_that_points_nowhere_is_an_error_and_no_endless_search(flags, refused, tmp_path,
+                                                                            monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("unmounted/scratch")
+    assert "runs" in refused(flags[:-2])
+
+
+def test_a_run_that_lost_its_best_network_is_refused_before_it_trains(flags, refused, tmp_path, monkeypatch):
+    let_rmse_fall(monkeypatch, 1.1)
+    go(flags, "--epochs 2")
+    (tmp_path / "run" / "best.pt").unlink()
+    assert "run/best.pt: is missing" in refused(["--resume", tmp_path / "run"], "--epochs 3")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -796,6 +820,8 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--weight-decay nan", "--weight-decay: must be 0 or more"),
     ("--seed 99999999999999999999", "--seed: must be of 64 bits"),
     ("--init .", ".: is a folder"),
+    ("--init=", "no such file"),
+    ("--resume=", "last.pt: no such file"),
     (f"--resume {ROOT}/train.py", "train.py: give the folder of the run"),
     ("--max-depth inf", "--max-depth"),
     ("--max-depth 0.001", "0.001"),  # nothing is valid
