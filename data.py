@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +123,8 @@ def read_depth(file, scale):
             with Image.open(file) as image:
                 if image.mode == "P":
                     raise UserError("its pixels are indices of a palette")
+                if image.tile[0][0].startswith("ppm"):  # Pillow's decoder for it stretches the numbers
+                    raise UserError("it is a .pgm of text, or its maxval is not 255 or 65535")
                 raw = np.asarray(image)
     except Exception as error:  # numpy and Pillow raise errors of many types for damaged files
         raise UserError(f"{file}: cannot be read as depth ({error}): replace or remove it") from None
@@ -417,9 +419,11 @@ def check_scale(dataset, max_depth):
     some = [dataset.read(i)[1].ravel()[::31] for i in evenly(len(dataset), 8)]
     depth = np.concatenate([d[d > 0] for d in some])
     if depth.size and (median := float(np.median(depth))) > max_depth:
-        cures = likely_scales(median, dataset.scale)
+        packed = dataset.layout == "pack"  # in metres already
+        cures = likely_scales(median, 1000 if packed else dataset.scale)
+        how = "pack it again with one of" if packed else "for 16-bit depth"
         note(f"half of the depth lies beyond {max_depth:g} m (median {median:.1f} m): train with a larger "
-             "--max-depth" + (f", or for 16-bit depth: {cures}" if cures else ""))
+             "--max-depth" + (f", or {how}: {cures}" if cures else ""))
 
 
 def check_crop(dataset, size):
@@ -444,7 +448,7 @@ def opened(file, kind):
     try:
         with h5py.File(file) as h5:
             yield h5
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip("'")
         raise UserError(f"{file}: is not {kind} ({reason})") from None
     except (OSError, ValueError) as error:
@@ -593,14 +597,16 @@ def find_pairs(root):
         note(f"{root}: {len(rgb) - len(timed)} images have no depth, {len(pairs) + len(timed)} have")
     listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
     rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
-    scenes = {Path(row[0].strip()).stem: row[1].strip() for row in rows if len(row) > 1}
+    scenes = {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
     for image, depth in sorted(pairs + timed):
         folders = image.parts[:-1]
         part = next((folder for folder in folders if folder in SPLITS), None)
         scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
-        if rows and image.stem not in scenes:
-            raise UserError(f"{listed}: names no scene of {image.stem}: add a row `{image.stem},SCENE`")
-        yield Sample(part, scenes.get(image.stem, scene), (root / image, root / depth), str(root / image))
+        if rows:
+            scene = scenes.get(image.stem) or scenes.get(image.name)
+            if not scene:
+                raise UserError(f"{listed}: names no scene of {image.stem}: add a row `{image.stem},SCENE`")
+        yield Sample(part, scene, (root / image, root / depth), str(root / image))
 
 
 def pair_by_time(images, depths, apart=0.02):
@@ -646,7 +652,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
     """
     file, start = Path(file), time.time()
     if file.suffix != ".h5":
-        raise UserError(f"{file}: a pack is an HDF5 file: call it {file.with_suffix('.h5')}")
+        raise UserError(f"{file}: a pack is an HDF5 file: its name must end in .h5")
     dataset = open_dataset(root, "all", size=None, depth_scale=depth_scale)
     if dataset.layout == "rooms":
         size = size or ROOM_SIZE
@@ -1152,7 +1158,7 @@ def progress(what, done, total, start, more=""):
     seconds = max(time.time() - start, 1e-9)
     left = round(seconds / done * (total - done))
     line = f"{what} {done}/{total}  {done / seconds:.1f}/s  {left // 60}:{left % 60:02} left{more}"
-    print(f"\r{'' if done == total else line:<79}", end="\r", flush=True)
+    print(f"\r{'' if done == total else line[-79:]:<79}", end="\r", flush=True)
 
 
 @cache
@@ -1167,10 +1173,10 @@ def whole_file(file):
     file = Path(file)
     if file.exists() and not file.is_file():
         raise UserError(f"{file}: is a folder or a device: choose another name")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    clear_partials(file)
     unfinished = file.with_name(f"{file.name}.partial-{os.getpid()}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        clear_partials(file)
         with open(unfinished, "wb") as f:
             yield f
         os.replace(unfinished, file)
@@ -1178,7 +1184,8 @@ def whole_file(file):
         reason = os.strerror(error.errno) if error.errno else error
         raise UserError(f"{file}: cannot be written ({reason}): make room, or choose another place") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def clear_partials(file):
@@ -1234,7 +1241,7 @@ def check_device(name):
     """UserError if PyTorch has no such device here."""
     try:
         torch.zeros(1, device=name).item()  # fails on "meta", which holds no numbers
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: PyTorch finds no such device here") from None
 
 

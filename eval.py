@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 from data import (FOCAL, UserError, by, depth_factor, shrink, valid_mask, view, whole_file,
@@ -226,7 +227,7 @@ def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
     _, truth, preds, errors = (torch.cat([t.flatten() for t in column]) for column in zip(*shown))
     near, far = np.quantile(torch.cat([truth[truth > 0], preds]), (0.01, 0.99))
     most = np.quantile(errors[truth > 0], 0.99) if truth.any() else 1.0
-    height = round(256 * shown[0][1].shape[0] / shown[0][1].shape[1])
+    height = max(1, round(256 * shown[0][1].shape[0] / shown[0][1].shape[1]))
     rows = [[data.to_uint8(image), data.colourise(depth, near, far), data.colourise(pred, near, far),
              data.colourise(error, most, 0)] for image, depth, pred, error in shown]
     rows = [[np.array(Image.fromarray(panel).resize((256, height), Image.Resampling.BOX)) for panel in row]
@@ -299,6 +300,7 @@ def default_geometry(config):
 # ------------------------------------------------------------------------------------------------------------
 
 LONGEST = 1280  # longest side of what is written: no network here sees more, and 12 megapixels are 48 MB
+SOFTWARE = "FastDepth in six files"  # in the metadata of what is written: is_own looks for it
 
 
 def find_images(paths):
@@ -311,12 +313,12 @@ def find_images(paths):
         found = sorted(Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path)))
         suffixes = data.IMAGE_SUFFIXES + data.UNREAD
         found = [f for f in found if f.suffix.lower() in suffixes and f.name[0] != "."]
-        readable = {f.stem for f in found if f.suffix.lower() not in data.UNREAD}
-        found = [f for f in found if f.suffix.lower() not in data.UNREAD or f.stem not in readable]
+        readable = {f.with_suffix("") for f in found if f.suffix.lower() not in data.UNREAD}
+        found = [f for f in found if f.suffix.lower() not in data.UNREAD or f.with_suffix("") not in readable]
         if not found:
             raise UserError(f"{path}: no image there ({', '.join(data.IMAGE_SUFFIXES)})")
         files += found
-    return files
+    return list(dict.fromkeys(files))  # each once
 
 
 @torch.no_grad()
@@ -331,7 +333,7 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
     """
     taken = {file.resolve() for file in files}
     for file in files:
-        again = (out / f"{file.stem}_depth.png").exists()  # an earlier prediction may be replaced
+        again = is_own(out / f"{file.stem}_depth.png")  # an earlier prediction may be replaced
         ends = (".png", ".npy", "_depth.png", *([".ply"] if ply else []))
         for target in ((out / (file.stem + end)).resolve() for end in ends):
             if target in taken or target.exists() and not again:
@@ -351,8 +353,8 @@ def predict_images(predict, config, files, out, size=None, geometry="full", foca
             continue
         frame = image.shape[:2]
         pixels = focal or FOCAL * max(frame)
-        if pixels < 0.1 * max(frame):
-            raise UserError(f"--focal {focal:g} is too small to be in pixels: {file} is {by(frame)}")
+        if not 0.1 <= pixels / max(frame) < 100:
+            raise UserError(f"--focal {focal:g} cannot be in pixels: {file} is {by(frame)}")
         shown = size or whole_image_size(frame, pixels, config)
         seen = shrink(image, FOCAL * max(640, *config["frame"]) / pixels)  # then by nearest, as in training
         seen = torch.tensor(seen).permute(2, 0, 1)[None]  # (1, 3, H, W)
@@ -384,8 +386,10 @@ def write_depth(path, depth, image, focal=None):
     near, far = np.quantile(depth, (0.01, 0.99))
     far = max(far, near + 0.1)
     columns = [image, data.colourise(depth, near, far), data.colour_bar(near, far, len(depth))]
-    with whole_file(f"{path}_depth.png") as f:  # first: predict_images knows its own files by it
-        data.tile([columns]).save(f, "PNG")
+    own = PngInfo()
+    own.add_text("Software", SOFTWARE)
+    with whole_file(f"{path}_depth.png") as f:  # first: by it, the others may be replaced later
+        data.tile([columns]).save(f, "PNG", pnginfo=own)
     with whole_file(f"{path}.png") as f:
         Image.fromarray((depth * 1000).round().clip(0, 65534).astype(np.uint16)).save(f, "PNG")
     with whole_file(f"{path}.npy") as f:
@@ -393,6 +397,15 @@ def write_depth(path, depth, image, focal=None):
     if focal:
         with whole_file(f"{path}.ply") as f:
             f.write(point_cloud(depth, image, focal))
+
+
+def is_own(file):
+    """Whether write_depth wrote this PATH_depth.png."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, Image.DecompressionBombError):  # missing, no image, or a huge one
+        return False
 
 
 def point_cloud(depth, image, focal):
@@ -477,7 +490,8 @@ def evaluate_command(args, predict, config):
 
     dataset = data.open_dataset(args.data, args.split, None, geometry=geometry, depth_scale=args.depth_scale)
     data.check_scale(dataset, min(protocol["max_depth"], config["max_depth"]))
-    data.check_crop(dataset, config["size"])
+    if args.protocol == "own":
+        data.check_crop(dataset, config["size"])
     frame = dataset.read(0)[1].shape
     shown = size or whole_image_size(frame, FOCAL * max(frame), config)
     predict_frames = at_training_scale(predict, config, size, geometry)

@@ -90,7 +90,8 @@ def largest_difference(file, model, image):
     batches = [image, image[:1]]
     if config["fixed"] is None:
         batches.append(F.pad(image, (0, 64, 0, 32)))  # another size, not square
-    return max((predict(batch) - model(batch)).abs().max().item() for batch in batches)
+    differences = [(predict(batch) - model(batch)).abs().max() for batch in batches]
+    return torch.stack(differences).max().item()  # keeps NaN, unlike Python's max
 
 
 def timed(lanes, seconds=2.0):
@@ -164,7 +165,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    out = Path(args.out or Path(args.model).with_suffix(".onnx"))
+    out = Path(args.out or args.model.removesuffix(".pt") + ".onnx")
     if Path(args.model).suffix == ".onnx":
         raise UserError(f"{args.model}: is exported already: give the .pt file that it comes from")
     if out.suffix != ".onnx":

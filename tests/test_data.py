@@ -134,6 +134,14 @@ def test_an_unlikely_scale_is_said_once_with_the_likely_one(tmp_path, capsys, ra
     assert printed.err.count("note: ") == printed.err.count("\n") == bool(said)
 
 
+def test_a_pack_in_a_wrong_scale_must_be_packed_again(tmp_path, capsys):
+    save(tmp_path / "rgb/0.png", frame()[0])
+    save(tmp_path / "depth/0.png", MM * 5)
+    data.write_pack(tmp_path / "set.h5", tmp_path)
+    data.check_scale(open_dataset(tmp_path / "set.h5", "all", depth_scale=8000), 10)  # which packs ignore
+    assert "pack it again with one of: --depth-scale 5000 (TUM) would make it 2." in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Images
 # ------------------------------------------------------------------------------------------------------------
@@ -516,6 +524,8 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_in_a_file(capsys, monkey
     data.progress("cooking", 3, 4, start=time.time() - 6, more="  salt")
     shown = capsys.readouterr().out
     assert shown.startswith("\rcooking 3/4") and "0:02 left  salt" in shown and "\n" not in shown
+    data.progress("cooking in a kitchen far away", 3, 4, start=time.time() - 6, more=99 * "salt")
+    assert len(capsys.readouterr().out) == 2 + 79  # of a terminal's 80 columns
     data.progress("cooking", 4, 4, start=0)
     assert "cooking" not in capsys.readouterr().out
 
@@ -536,6 +546,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with complains("depth.npy: cannot be written .No space left on device."), data.whole_file(file):
         raise OSError(28, "a paragraph")
     assert file.read_bytes() == b"whole" and list(file.parent.iterdir()) == [file]
+    for name in ("depth.npy/below", "x" * 250):  # below a file, and too long with .partial-PID
+        with complains(f"{name}: cannot be written"), data.whole_file(file.parent / name):
+            pass
 
 
 def test_what_dead_processes_left_is_cleared_and_what_others_write_or_own_stays(tmp_path):
@@ -637,7 +650,8 @@ def test_the_command_prints_facts_and_writes_a_contact_sheet(tmp_path, capsys, m
 @pytest.mark.parametrize("flags, complaint", [
     (["--out", "sheet.png"], "depth/0.png: cannot be read as depth"),
     (["--size", "60", "80"], "--size: .*--pack"),
-    (["--pack", "set.hdf"], "set.hdf: .*call it set.h5"),
+    (["--pack", "set.hdf"], "set.hdf: .*end in .h5"),
+    (["--pack", "."], ".: .*end in .h5"),
 ])
 def test_the_command_names_a_broken_file_or_a_wrong_flag(tmp_path, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)

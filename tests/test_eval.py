@@ -177,6 +177,12 @@ def test_the_table_by_distance_pools_the_pixels_of_each_range_and_a_limit_belong
             assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= max_depth)).sum())
 
 
+def test_a_sheet_shows_frames_a_thousand_times_as_wide_as_high(tmp_path):
+    flat = [(torch.rand(3, 2, 2000), torch.rand(1, 2, 2000), 0)]
+    eval.sample_sheet(grey_metres, flat, tmp_path / "sheet.png", 4.0)
+    assert (tmp_path / "sheet.png").is_file()
+
+
 @pytest.mark.parametrize("metres", [0.0, -2.0])
 def test_a_sheet_survives_a_network_that_predicts_0_or_less(metres, tmp_path):
     eval.sample_sheet(lambda image: torch.full((1, 1, 8, 12), metres), samples(), tmp_path / "sheet.png", 4.0)
@@ -203,7 +209,7 @@ def test_eval_says_what_is_odd_about_data_and_names_no_flag_that_it_lacks(protoc
     eval.main([network[0], "--data", "kitti", "--device", "cpu", "--protocol", protocol, "--sheet", "s.png"])
     said = capsys.readouterr().err
     assert "half of the depth lies beyond 10 m (median 27.0 m): train with a larger --max-depth" in said
-    assert ("37% of the width of 96x320 frames: --geometry full" in said) == (protocol != "garg")
+    assert ("37% of the width of 96x320 frames: --geometry full" in said) == (protocol == "own")
     assert set(re.findall(r"(?<!larger )--[a-z-]+", said)) <= {"--depth-scale", "--geometry", "--size"}
 
 
@@ -383,6 +389,17 @@ def test_geometry_fastdepth_gives_the_depth_of_the_crop_of_training_alone(networ
     assert abs(points[:, 0] / points[:, 2]).max() == pytest.approx(291.5 / (0.81 * 640), rel=1e-4)
 
 
+def test_a_prediction_replaces_an_earlier_one_and_no_file_of_another_kind(network, tmp_path, refused):
+    Image.fromarray(blobs(8, 32, 32)).save(tmp_path / "photo.jpg")
+    argv = [str(word) for word in (network[0], "--images", tmp_path / "photo.jpg", "--out", tmp_path)]
+    for _ in range(2):
+        eval.main(argv)
+    (tmp_path / "photo.npy").unlink()  # as if it had been stopped
+    eval.main(argv)
+    Image.fromarray(blobs(9, 32, 32)).save(tmp_path / "photo_depth.png")  # such as ground truth
+    assert "its photo.png would overwrite" in refused(eval, argv)
+
+
 def test_a_point_cloud_of_ones_own_is_in_the_way_of_ply_only(network, tmp_path, refused):
     Image.fromarray(blobs(8, 32, 32)).save(tmp_path / "photo.jpg")
     mine = tmp_path / "photo.ply"
@@ -425,12 +442,14 @@ def test_points_project_back_onto_their_pixels(flags, focal, network, tmp_path, 
 
 def test_images_are_files_folders_and_globs_and_hidden_ones_are_passed_over(tmp_path):
     for name in ("one/a.png", "one/._a.png", "one/b.JPG", "one/b.HEIC", "one/notes.txt", "one/d.HEIC",
-                 "two/b1.jpg", "two/b2.jpg", "two/c.jpg", "odd.gif"):
+                 "two/b1.jpg", "two/b2.jpg", "two/c.jpg", "two/d.jpg", "odd.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = eval.find_images([f"{tmp_path}/one", f"{tmp_path}/two/b*", f"{tmp_path}/odd.gif"])
     assert [file.name for file in found] == [
         "a.png", "b.JPG", "d.HEIC", "b1.jpg", "b2.jpg", "odd.gif"]
+    found = eval.find_images([f"{tmp_path}/*/d*", f"{tmp_path}/two", f"{tmp_path}/two/d.jpg"])
+    assert [file.name for file in found] == ["d.HEIC", "d.jpg", "b1.jpg", "b2.jpg", "c.jpg"]  # each once
     with pytest.raises(data.UserError, match=r"\*.bmp: no image"):
         eval.find_images([f"{tmp_path}/one", f"{tmp_path}/one/*.bmp"])
 
@@ -531,6 +550,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
     ("MODEL --images COPY/photo.jpg --out .", "its photo.png would overwrite"),
     ("MODEL --images TEXT.png", "TEXT.png"),
     ("MODEL --images photo.png --focal 2.8", "--focal 2.8"),  # millimetres
+    ("MODEL --images photo.png --focal 3200", "--focal 3200"),
     ("MODEL --images photo.png COPY/photo.jpg", "photo"),  # photo.png twice
     ("MODEL --images photo.png COPY/photo_depth.jpg", "photo_depth"),  # one's depth is the other's sheet
     ("MODEL --images photo.png --out .", "photo.png")])  # would overwrite the image itself

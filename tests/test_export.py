@@ -2,6 +2,7 @@
 import itertools
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -283,6 +284,8 @@ def test_the_comparison_is_of_every_batch_size_and_of_another_size_if_that_is_fr
     loaded = lambda x: model(x) + float(wrong(x)), dict(fixed=fixed)
     monkeypatch.setattr(export, "load_predictor", lambda file: loaded)
     assert export.largest_difference("best.onnx", model, torch.rand(3, 3, 32, 64)) == pytest.approx(1)
+    loaded = lambda x: model(x) + (math.nan if wrong(x) else 0), dict(fixed=fixed)
+    assert math.isnan(export.largest_difference("best.onnx", model, torch.rand(3, 3, 32, 64)))
 
 
 @pytest.mark.parametrize("which, size, geometry", [("exported", SIZE, "fastdepth"), ("whole", WHOLE, "full")])
@@ -380,6 +383,7 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (export, "NAN.pt", "NAN.pt: predicts NaN"),
     (export, "FILE.onnx", "FILE.onnx: is exported already"),
     (export, "MODEL --out best.pt", "--out best.pt: must end in .onnx"),
+    (export, ".", ".: is a folder"),
     (export, "MODEL --int8 --dynamic", "--int8"),
     (export, "MODEL --data NOWHERE", "NOWHERE: no such"),
     (eval, "FILE.onnx --data FRAMES --protocol eigen", "export it with --size 64 224"),

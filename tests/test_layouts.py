@@ -135,8 +135,10 @@ def test_heic_beside_photos_is_said_once(tmp_path, capsys):
 
 def test_scenes_csv_names_the_scene_of_a_frame(tmp_path):
     touch(tmp_path, *(f"{folder}/{i}.png" for folder in ("rgb", "depth") for i in (1, 2, 3)))
-    (tmp_path / "scenes.csv").write_text("frame,scene\n1,kitchen\n3, study \n2.png,hall\n")
-    assert [sample.scene for sample in find_samples(tmp_path)[1]] == ["kitchen", "hall", "study"]
+    touch(tmp_path, "rgb/frame-4.color.jpg", "depth/frame-4.depth.png")
+    rows = ["frame,scene", "1,kitchen", "3, study ", "2.png,hall", "frame-4.color,bath", ""]
+    (tmp_path / "scenes.csv").write_text("\n".join(rows))
+    assert [sample.scene for sample in find_samples(tmp_path)[1]] == ["kitchen", "hall", "study", "bath"]
     (tmp_path / "scenes.csv").write_text("frame;scene\n1;kitchen\n2;hall\n3;study\n")  # as Excel writes it
     with complains("scenes.csv: names no scene of 1: add a row `1,SCENE`"):  # not one scene for all frames
         find_samples(tmp_path)
@@ -202,6 +204,7 @@ IMAGE, DEPTH = frame()
     ("depth/0.png", IMAGE, r"must be \(H, W\) numbers, not \(24, 32, 3\)"),
     ("depth/0.png", Image.fromarray(IMAGE).convert("P"), "cannot be read as depth .*palette"),
     ("depth/0.npy", np.array([[{}]], object), "cannot be read as depth"),
+    ("depth/0.pgm", b"P5\n1 1\n4095\n\7\xd0", "cannot be read as depth .*maxval"),  # 2000, of at most 4095
 ])
 def test_a_file_that_holds_something_else_is_named(tmp_path, name, content, complaint):
     save(tmp_path / "rgb/0.png", IMAGE)
@@ -211,6 +214,8 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, name, content, comp
             h5.update(content)
     elif isinstance(content, Image.Image):
         content.save(tmp_path / name)
+    elif isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
     else:
         save(tmp_path / name, content)
     with complains(f"{name}: .*{complaint}"):
@@ -435,6 +440,7 @@ def test_a_pack_does_not_depend_on_how_many_worked(pack, originals, monkeypatch)
 @pytest.mark.parametrize("damage, complaint", [
     (lambda h5: h5.attrs.pop("fastdepth_pack"), "is not a pack: write one with .*--pack"),
     (lambda h5: h5.attrs.modify("fastdepth_pack", 0), "is a pack of version 0.*pack it again"),
+    (lambda h5: (h5.pop("part"), h5.create_group("part")), "is not a pack"),
     (lambda h5: os.truncate(h5.filename, 5000), "cannot be read as HDF5"),
 ])
 def test_a_foreign_stale_or_cut_off_pack_is_refused(pack, damage, complaint):

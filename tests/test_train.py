@@ -836,6 +836,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--optimizer lion", "lion"),
     ("--preset mine", "mine"),
     ("--device meta", "--device meta: PyTorch finds no such device"),
+    ("--device hpu", "--device hpu: PyTorch finds no such device"),
     ("--data NOWHERE", "NOWHERE"),
     ("--init NOWHERE.pt", "NOWHERE.pt"),
     ("--init NOWHERE.pt --pretrained", "--pretrained"),
