@@ -59,8 +59,10 @@ def refused(monkeypatch, capfd):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """The same random numbers and threads for every test, whatever --threads the one before set."""
     torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
