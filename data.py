@@ -123,8 +123,9 @@ def read_depth(file, scale):
             with Image.open(file) as image:
                 if image.mode == "P":
                     raise UserError("its pixels are indices of a palette")
-                if image.tile[0][0].startswith("ppm"):  # Pillow's decoder for it stretches the numbers
-                    raise UserError("it is a .pgm of text, or its maxval is not 255 or 65535")
+                codec, *_, how = image.tile[0] if image.tile else ("", "")
+                if codec.startswith("ppm") and how[-1] not in (255, 65535):  # Pillow would stretch it
+                    raise UserError(f"its maxval is {how[-1]}, not 255 or 65535")
                 raw = np.asarray(image)
     except Exception as error:  # numpy and Pillow raise errors of many types for damaged files
         raise UserError(f"{file}: cannot be read as depth ({error}): replace or remove it") from None
@@ -419,11 +420,12 @@ def check_scale(dataset, max_depth):
     some = [dataset.read(i)[1].ravel()[::31] for i in evenly(len(dataset), 8)]
     depth = np.concatenate([d[d > 0] for d in some])
     if depth.size and (median := float(np.median(depth))) > max_depth:
-        packed = dataset.layout == "pack"  # in metres already
-        cures = likely_scales(median, 1000 if packed else dataset.scale)
-        how = "pack it again with one of" if packed else "for 16-bit depth"
+        cures = likely_scales(median, dataset.scale)
+        cures = f", or for 16-bit depth: {cures}" if cures else ""
+        if dataset.layout == "pack":  # which holds metres
+            cures = ", or pack it again with the right --depth-scale"
         note(f"half of the depth lies beyond {max_depth:g} m (median {median:.1f} m): train with a larger "
-             "--max-depth" + (f", or {how}: {cures}" if cures else ""))
+             f"--max-depth{cures}")
 
 
 def check_crop(dataset, size):
@@ -598,15 +600,14 @@ def find_pairs(root):
     listed = root / "scenes.csv"  # rows `frame,scene`, where frame is a file's stem
     rows = [line.split(",") for line in lines_of(listed)[1:]] if listed.is_file() else []
     scenes = {row[0].strip(): row[1].strip() for row in rows if len(row) > 1}
+    scenes = {Path(name).stem: scene for name, scene in scenes.items()} | scenes  # 2.png is as good as 2
     for image, depth in sorted(pairs + timed):
         folders = image.parts[:-1]
         part = next((folder for folder in folders if folder in SPLITS), None)
         scene = "/".join(folder for folder in folders if folder != part and key_of(folder))
-        if rows:
-            scene = scenes.get(image.stem) or scenes.get(image.name)
-            if not scene:
-                raise UserError(f"{listed}: names no scene of {image.stem}: add a row `{image.stem},SCENE`")
-        yield Sample(part, scene, (root / image, root / depth), str(root / image))
+        if rows and image.stem not in scenes:
+            raise UserError(f"{listed}: names no scene of {image.stem}: add a row `{image.stem},SCENE`")
+        yield Sample(part, scenes.get(image.stem, scene), (root / image, root / depth), str(root / image))
 
 
 def pair_by_time(images, depths, apart=0.02):

@@ -404,7 +404,7 @@ def is_own(file):
     try:
         with Image.open(file) as image:
             return image.info.get("Software") == SOFTWARE
-    except (OSError, Image.DecompressionBombError):  # missing, no image, or a huge one
+    except Exception:  # missing, damaged, or no image: Pillow raises errors of many types
         return False
 
 

@@ -165,7 +165,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    out = Path(args.out or args.model.removesuffix(".pt") + ".onnx")
+    out = Path(args.out or str(Path(args.model)).removesuffix(".pt") + ".onnx")
     if Path(args.model).suffix == ".onnx":
         raise UserError(f"{args.model}: is exported already: give the .pt file that it comes from")
     if out.suffix != ".onnx":

@@ -591,7 +591,7 @@ class Ignored:
 
 
 class StandInUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, replaces known modules with an empty class, and refuses everything else."""
+    """Rebuilds tensors, puts stand-ins for known modules and for numpy, and refuses everything else."""
     CLASSES = ("torch.nn.modules.", "models", "metrics", "imagenet.")  # PyTorch's and the authors'
     ALLOWED = (
         "collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode", "torch.Size",
@@ -748,7 +748,7 @@ def load_encoder(model, file=None):
     """
     kind = type(model.encoder).__name__
     name, unused = IMAGENET[kind]
-    if file:
+    if file is not None:
         saved = read_file(file)
         if isinstance(saved, dict) and "weights" in saved:
             raise ModelError(f"{file}: a checkpoint of train.py: give it to --init, not to --encoder-weights")
@@ -760,7 +760,7 @@ def load_encoder(model, file=None):
         try:
             saved = torch.hub.load_state_dict_from_url(file, map_location="cpu", check_hash=True,
                                                        weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file in the cache raises errors of many types
             raise ModelError(f"{file}: cannot be downloaded or read ({one_line(error)}): fetch it elsewhere "
                              "and give it as --encoder-weights FILE") from None
     try:

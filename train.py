@@ -146,8 +146,8 @@ PRESETS = {
 
 OPTIMIZERS = {"sgd": partial(SGD, momentum=0.9), "adam": Adam, "adamw": AdamW}
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAY_CHANGE = ("resume", "epochs", "lr", "epochs_before_lr", "schedule", "clip", "data", "device", "amp",
-              "compile", "threads", "workers", "tensorboard")  # on --resume
+MAY_CHANGE = ("resume", "epochs", "lr", "schedule", "clip", "data", "device", "amp", "compile", "threads",
+              "workers", "tensorboard")  # on --resume
 
 
 def make_flags():
@@ -194,8 +194,8 @@ def make_flags():
     add("--out", metavar="DIR", help="a new or empty folder (default: the next free runs/MODEL-k)")
     add("--resume", metavar="DIR",
         help="continue the run in DIR with its flags; train.MAY_CHANGE lists those that may change")
-    parser.set_defaults(epochs_before_lr=0)  # more if --resume gave --lr
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard too")
+    parser.set_defaults(epochs_before_lr=0)  # no flag: how many there were when --resume changed --lr
     return parser
 
 
@@ -219,7 +219,6 @@ def parse(argv):
     """The flags, and the checkpoint to resume from or None."""
     parser = make_flags()
     args = parser.parse_args(argv)
-    new_lr = args.lr
     if args.resume and Path(args.resume).is_file():
         raise UserError(f"--resume {args.resume}: give the folder of the run")
     saved = load_run(Path(args.resume)) if args.resume is not None else None
@@ -228,8 +227,6 @@ def parse(argv):
     elif args.preset:
         parser.set_defaults(**PRESETS[args.preset][args.model])
     args = parser.parse_args(argv)  # again: flags on the command line override these defaults
-    if saved and new_lr:
-        args.epochs_before_lr = len(saved["history"])
 
     if not args.size:
         small = args.data == "rooms" and args.preset != "paper"
@@ -249,6 +246,8 @@ def parse(argv):
         if saved and name not in MAY_CHANGE and value != saved["args"].get(name, value):
             raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: start a new run with "
                             f"--init {args.resume}/last.pt")
+    if saved and args.lr != saved["args"].get("lr"):
+        args.epochs_before_lr = len(saved["history"])
     return args, saved
 
 
@@ -265,7 +264,7 @@ def load_run(out):
         raise UserError(f"{file}: a network without a run to resume: start a new run with --init {file}")
     best = out / "best.pt"
     if not best.exists() and best_of(saved["history"]) is not saved["history"][-1]:
-        raise UserError(f"{best}: is missing: copy the whole folder of a run")
+        raise UserError(f"{best}: is missing: copy the whole folder, or start a new run with --init {file}")
     return saved
 
 
@@ -328,7 +327,7 @@ def make_model(args, saved):
         if (config["model"], config["options"]) != (args.model, args.options):
             raise UserError(f"{args.init}: holds --model {config['model']}, options {config['options']}")
         model.load_state_dict(initial.state_dict())
-    elif args.pretrained or args.encoder_weights:
+    elif args.pretrained or args.encoder_weights is not None:
         unused = load_encoder(model, args.encoder_weights)
         print(f"encoder   {args.encoder_weights or 'ImageNet'}; unused: {', '.join(unused) or 'none'}")
     return model
@@ -340,7 +339,7 @@ PLATEAU = dict(factor=0.3, patience=0, threshold=0)  # torch's patience of 10 ne
 def make_scheduler(args, history, optimizer, steps):
     """The scheduler after the epochs of `history`: plateau steps once an epoch, the others once a batch.
 
-    All follow from --lr and the history, so none is saved, and --epochs moves the end of a resumed cosine.
+    All follow from the flags and the history, so none is saved, and --epochs moves a resumed cosine's end.
     (CosineAnnealingLR would restore the old end, and rise after it.)
     """
     for group in optimizer.param_groups:
@@ -442,10 +441,10 @@ def run_folder(args, saved):
     try:
         yield out
     except BaseException:
-        if saved:
-            print("\nstopped; the same command resumes", flush=True)
-        elif (out / "last.pt").exists():
-            print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}", flush=True)
+        if (out / "last.pt").exists():
+            more = " and the same flags" if saved else ""
+            print(f"\nstopped; resume with: python train.py --resume {shlex.quote(str(out))}{more}",
+                  flush=True)
         with suppress(OSError):  # rmdir fails if last.pt is there
             claim(out).unlink(missing_ok=True)
             out.rmdir()

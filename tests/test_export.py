@@ -384,6 +384,7 @@ def test_a_cut_off_checkpoint_gives_one_line_exit_code_2_and_no_file(checkpoint,
     (export, "FILE.onnx", "FILE.onnx: is exported already"),
     (export, "MODEL --out best.pt", "--out best.pt: must end in .onnx"),
     (export, ".", ".: is a folder"),
+    (export, "FOLDER/", "FOLDER/: is a folder"),
     (export, "MODEL --int8 --dynamic", "--int8"),
     (export, "MODEL --data NOWHERE", "NOWHERE: no such"),
     (eval, "FILE.onnx --data FRAMES --protocol eigen", "export it with --size 64 224"),
@@ -402,6 +403,7 @@ def test_a_mistake_gets_one_line_exit_code_2_and_no_file(script, flags, named, c
     for name, facts in (("FOREIGN", {}), ("OLD", {"fastdepth": '{"size": [64, 192], "fixed": true}'})):
         onnx.helper.set_model_props(network, facts)  # instead of those that it had
         onnx.save(network, f"{name}.onnx")
+    Path("FOLDER").mkdir()
     before = sorted(Path().iterdir())
     line = refused(script, [words.get(word, word) for word in flags.split()])
     assert named in line.replace("best.onnx", "FILE.onnx")

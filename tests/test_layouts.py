@@ -136,7 +136,7 @@ def test_heic_beside_photos_is_said_once(tmp_path, capsys):
 def test_scenes_csv_names_the_scene_of_a_frame(tmp_path):
     touch(tmp_path, *(f"{folder}/{i}.png" for folder in ("rgb", "depth") for i in (1, 2, 3)))
     touch(tmp_path, "rgb/frame-4.color.jpg", "depth/frame-4.depth.png")
-    rows = ["frame,scene", "1,kitchen", "3, study ", "2.png,hall", "frame-4.color,bath", ""]
+    rows = ["frame,scene", "1,kitchen", "3, study ", "rgb/2.png,hall", "frame-4.color,bath", ""]
     (tmp_path / "scenes.csv").write_text("\n".join(rows))
     assert [sample.scene for sample in find_samples(tmp_path)[1]] == ["kitchen", "hall", "study", "bath"]
     (tmp_path / "scenes.csv").write_text("frame;scene\n1;kitchen\n2;hall\n3;study\n")  # as Excel writes it
@@ -205,6 +205,7 @@ IMAGE, DEPTH = frame()
     ("depth/0.png", Image.fromarray(IMAGE).convert("P"), "cannot be read as depth .*palette"),
     ("depth/0.npy", np.array([[{}]], object), "cannot be read as depth"),
     ("depth/0.pgm", b"P5\n1 1\n4095\n\7\xd0", "cannot be read as depth .*maxval"),  # 2000, of at most 4095
+    ("depth/0.pgm", b"P2 2 1 10000 2000 3000", "cannot be read as depth .*maxval"),
 ])
 def test_a_file_that_holds_something_else_is_named(tmp_path, name, content, complaint):
     save(tmp_path / "rgb/0.png", IMAGE)

@@ -180,7 +180,7 @@ def test_weights_that_are_not_the_encoders_are_refused_and_change_nothing(saved,
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("damaged", [b"", b"<html>", b"PK\3\4 and no more"])
+@pytest.mark.parametrize("damaged", [b"", b"<html>", b"hello"])
 def test_a_damaged_file_in_the_cache_of_downloads_is_refused_in_one_line(damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
