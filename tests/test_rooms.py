@@ -81,6 +81,25 @@ def test_a_size_changes_only_the_resolution(rendered):
         assert np.corrcoef(small.ravel(), rendered[i][0].ravel())[0, 1] > 0.9
 
 
+def test_the_look_of_rooms_is_that_of_this_version():
+    """If this fails because rooms look otherwise, raise ROOMS_VERSION: else old packs would still be used."""
+    image, _ = render_room("0 val 1", (24, 32))
+    pixels = ("457e3ba1ffa045803e5798485d93509fff9fc58a7f5c9356"
+              "362f178efa85262615589053ff9e8b25130d1c191a548e50")
+    expected = np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(4, 4, 3).astype(int)
+    assert data.ROOMS_VERSION == 3
+    assert np.median(np.abs(image[3::6, 4::8] - expected)) <= 1  # rounding may differ between machines
+
+
+def test_holes_lie_left_of_what_is_near():
+    """A Kinect's projector is at the right of its camera, as seen by the camera."""
+    depth = np.full((60, 80), 4, np.float32)
+    depth[20:40, 30:50] = 1
+    holes = np.mean([data.kinect_holes(depth, np.random.default_rng(i)) == 0 for i in range(50)], axis=0)
+    assert (holes[20:40, 29] == 1).all()
+    assert holes[20:40, 50:].max() < 0.5 and holes[:20].max() < 0.5  # only patches, which lie anywhere
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The layout
 # ------------------------------------------------------------------------------------------------------------

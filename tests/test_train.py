@@ -828,6 +828,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--max-depth 0.001", "0.001"),  # nothing is valid
     ("--depth-scale 0", "--depth-scale"),
     ("--size 100 100", "100"),
+    ("--model fpn --size 32 64 --loss ssim", "--loss ssim: needs an output of at least 11x11, not 8x16"),
     ("--model fastdeep", "fastdeep"),
     ("--options skip", "KEY=VALUE"),
     ("--options skip=never", "never"),
