@@ -88,11 +88,12 @@ def test_the_look_of_rooms_is_that_of_this_version():
               "362f178efa85262615589053ff9e8b25130d1c191a548e50")
     expected = np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(4, 4, 3).astype(int)
     assert data.ROOMS_VERSION == 3
-    assert np.median(np.abs(image[3::6, 4::8] - expected)) <= 1  # rounding may differ between machines
+    same = np.abs(image[3::6, 4::8] - expected) <= 1
+    assert same.mean() > 0.9  # rounding may differ between machines
 
 
 def test_holes_lie_left_of_what_is_near():
-    """A Kinect's projector is at the right of its camera, as seen by the camera."""
+    """The shadow of the projector falls to one side only."""
     depth = np.full((60, 80), 4, np.float32)
     depth[20:40, 30:50] = 1
     holes = np.mean([data.kinect_holes(depth, np.random.default_rng(i)) == 0 for i in range(50)], axis=0)
