@@ -43,11 +43,14 @@ def export_onnx(model, file, size, config, dynamic=False):
         free[2] = 32 * torch.export.Dim("height", min=1, max=256)
         free[3] = 32 * torch.export.Dim("width", min=1, max=256)
     example = torch.zeros(2, 3, *((64, 96) if dynamic else size))
+    model = fold_batch_norm(model).cpu()
+    for layer in model.modules():
+        layer.inplace = False  # torch.onnx.export would take as long as all the rest to undo it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            fold_batch_norm(model).cpu(), (example,), input_names=["image"], output_names=["depth"],
+            model, (example,), input_names=["image"], output_names=["depth"],
             opset_version=18,  # OpenCV 4.8 reads it
             verbose=False, dynamic_shapes=(free,))
     proto = program.model_proto

@@ -23,16 +23,16 @@ from model import MODELS, FastDepthwise, ModelError, build_model, count, fold_ba
 FOLDER = Path(script.__file__).parent
 
 
-def seasoned(name, **options):
-    """A network as after training: batch norm far from its start, values beyond 6, predictions below 0."""
-    torch.manual_seed(0)
-    model = build_model(name, **options)
+def season(model):
+    """Numbers as after training: batch norm far from its start, so that a misplaced value shows."""
     for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 1, 4)
-            nn.init.normal_(layer.bias)
-            layer.momentum = 1.0  # the running statistics become those of the last batch
-    model(torch.rand(4, 3, 64, 96))
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 3 if layer.num_features == 1 else 0, 0.3)  # a head predicts 3 m
     return model.eval()
 
 
@@ -49,13 +49,9 @@ def on_meta(name):
 
 
 @pytest.mark.parametrize("table, name", [
-    ("MOBILENET", "fastdepth"),
-    ("LAYER_TABLE_ENCODER", "fastdepth-table"),
-    ("LAYER_TABLE_DECODER", "fastdepth-table"),
-    ("MOBILENET_V2", "mobilenetv2-nnconv5"),
-    ("DENSENET169", "densedepth"),
-    ("RESNET101", "fpn"),
-])
+    ("MOBILENET", "fastdepth"), ("MOBILENET_V2", "mobilenetv2-nnconv5"),
+    ("DENSENET169", "densedepth"), ("RESNET101", "fpn"),
+    ("LAYER_TABLE_ENCODER", "fastdepth-table"), ("LAYER_TABLE_DECODER", "fastdepth-table")])
 def test_the_output_sizes_in_the_comments_of_the_tables_are_those_that_run(table, name):
     text = (FOLDER / "model.py").read_text().split(f"\n{table} = (\n")[1].split("\n)\n")[0]
     stated = re.findall(r'"(\w+)",.*# +(\d+) x +(\d+)', text)
@@ -105,24 +101,20 @@ def test_counting_agrees_with_pytorch_and_changes_nothing():
 
 def plain_layers(model):
     """layer(x, stride, act, up) applies the model's next convolution and batch norm, in their order."""
-    groups = []
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.dim() == 4:
-            groups.append([])
-        if tensor.dim() > 0:  # not num_batches_tracked
-            groups[-1].append(tensor)
-    groups = iter(groups)
+    kinds = nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d
+    ahead = [module for module in model.modules() if isinstance(module, kinds)]
 
     def layer(x, stride=1, act=F.relu, up=False):
-        weight, *norm = next(groups)
-        bias = norm[0] if len(norm) == 1 else None
+        conv = ahead.pop(0)
+        weight, bias = conv.weight, conv.bias
         if up:
             x = F.conv_transpose2d(x, weight, None, stride=2, padding=1, output_padding=1)
         else:
             x = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
-        if len(norm) == 4:
-            scale, offset, mean, variance = norm
-            x = F.batch_norm(x, mean, variance, scale, offset, model.training, momentum=1.0)
+        if ahead and isinstance(ahead[0], nn.BatchNorm2d):
+            bn = ahead.pop(0)
+            statistics = bn.running_mean, bn.running_var
+            x = F.batch_norm(x, *statistics, bn.weight, bn.bias, bn.training, momentum=1.0)
         return act(x) if act else x
 
     return layer
@@ -186,15 +178,10 @@ def draw_fpn(decoder, features):
     return conv(8, conv(7, p2).clamp(min=0))
 
 
-@pytest.mark.parametrize("name, options", [
-    ("fastdepth", {}),
-    ("fastdepth", dict(skip="none")),
-    ("fastdepth", dict(skip="concat")),
-    ("fastdepth", dict(skip="none", conv="dense")),
-])
+@pytest.mark.parametrize("options", [dict(), dict(skip="none"), dict(skip="concat"), dict(conv="dense")])
 @torch.no_grad()
-def test_fastdepth_gives_bitwise_what_the_paper_draws_though_its_head_comes_before_the_last_x2(name, options):
-    model, image = seasoned(name, **options), torch.rand(2, 3, 64, 96)
+def test_fastdepth_gives_bitwise_what_the_paper_draws_though_its_head_comes_before_the_last_x2(options):
+    model, image = season(build_model("fastdepth-pruned", **options)), torch.rand(2, 3, 64, 96)
     depth = model(image)
     assert depth.unique().numel() > 100  # not all cut off at 0
     assert torch.equal(depth, draw_fastdepth(model, image, **options))
@@ -212,12 +199,12 @@ def test_the_larger_decoders_give_what_their_papers_draw(kind, channels, draw):
 
 
 @pytest.mark.parametrize("name, draw", [
-    ("fastdepth-pruned", draw_fastdepth),
-    ("fastdepth-table", draw_layer_table),
-])
+    ("fastdepth-pruned", draw_fastdepth), ("fastdepth-table", draw_layer_table)])
 def test_training_has_the_gradients_and_batch_statistics_of_the_drawing(name, draw):
-    ours = seasoned(name).double().train()
-    theirs, image = copy.deepcopy(ours), torch.rand(2, 3, 64, 96, dtype=torch.float64)
+    ours = season(build_model(name)).double().train()
+    for layer in ours.modules():
+        layer.momentum = 1.0  # of batch norm: the running statistics become those of this batch
+    theirs, image = copy.deepcopy(ours), torch.rand(2, 3, 64, 64, dtype=torch.float64)
     depths = ours(image), draw(theirs, image)
     torch.testing.assert_close(*depths)
     slope = torch.randn_like(depths[0])
@@ -227,7 +214,7 @@ def test_training_has_the_gradients_and_batch_statistics_of_the_drawing(name, dr
         assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), key
     for (key, p), q in zip(ours.named_buffers(), theirs.buffers()):
         if key == "decoder.head.bn.running_var":  # n/(n-1) of n values here, of four times as many there
-            n = 2 * 32 * 48
+            n = 2 * 32 * 32
             p, q = p * (n - 1) / n, q * (4 * n - 1) / (4 * n)
         if not key.endswith("num_batches_tracked"):
             torch.testing.assert_close(p, q, msg=key)
@@ -238,15 +225,16 @@ def test_training_has_the_gradients_and_batch_statistics_of_the_drawing(name, dr
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoder", ["fastdepth-pruned", "mobilenetv2-nnconv5", "densedepth", "fpn"])
-@pytest.mark.parametrize("decoder", [script.NNConv5, script.DenseDepthDecoder, script.FeaturePyramid])
-def test_any_encoder_goes_with_any_decoder_of_five_feature_maps(encoder, decoder):
+@pytest.mark.parametrize("name", ["fastdepth-pruned", "mobilenetv2-nnconv5", "densedepth", "fpn"])
+def test_any_encoder_goes_with_any_decoder_of_five_feature_maps(name):
+    nnconv5 = functools.partial(script.NNConv5, skip="concat")
     with torch.device("meta"):
-        parts = MODELS[encoder]["encoder"]()
-        options = dict(skip="concat") if decoder is script.NNConv5 else {}
-        network = script.DepthNet(parts, decoder(parts.channels, **options))
-        depth = network(torch.empty(2, 3, 64, 96))
-    assert depth.shape == (2, 1, 64 // network.output_stride, 96 // network.output_stride)
+        encoder = on_meta(name).encoder
+        features = encoder(torch.empty(2, 3, 64, 96))
+        for decoder, stride in (nnconv5, 1), (script.DenseDepthDecoder, 2), (script.FeaturePyramid, 4):
+            network = script.DepthNet(encoder, decoder(encoder.channels))
+            assert network.output_stride == stride
+            assert network.decoder(features).shape == (2, 1, 64 // stride, 96 // stride)
 
 
 @pytest.mark.parametrize("height, width", [(48, 64), (64, 100), (1, 1)])
@@ -269,33 +257,31 @@ def test_an_unknown_network_or_option_is_refused_by_name(name, options, said):
         build_model(name, **options)
 
 
-@pytest.mark.parametrize("name", ["fastdepth", "fastdepth-table"])
-@torch.no_grad()
-def test_outputs_are_readings_of_one_number(name):
-    model, image = seasoned(name, output="linear"), torch.rand(2, 3, 64, 96)
-    y = model(image)
-    assert y.min() < 0 < y.max()
-
-    def read(**options):
-        other = build_model(name, max_depth=80.0, **options).eval()
-        other.load_state_dict(model.state_dict())
-        return other(image)
-
-    own = "linear" if name == "fastdepth-table" else "relu"
-    assert torch.equal(read(), read(output=own))
-    torch.testing.assert_close(read(output="linear"), y)
-    torch.testing.assert_close(read(output="relu"), y.clamp(min=0))
-    torch.testing.assert_close(read(output="sigmoid"), 80 / (1 + torch.exp(-y)))
-    torch.testing.assert_close(read(output="reciprocal"), 80 / (1 + F.softplus(y)))
+@pytest.mark.parametrize("name, own", [
+    ("fastdepth", "relu"), ("fastdepth-table", "linear"), ("densedepth", "reciprocal"), ("fpn", "relu")])
+def test_the_output_of_a_network_is_its_own_or_the_one_that_is_asked_for(name, own):
+    for options, output in ({}, own), (dict(output="sigmoid"), "sigmoid"):
+        with torch.device("meta"):
+            layers = build_model(name, 80.0, **options).modules()
+        head, = [layer for layer in layers if isinstance(layer, script.DepthHead)]
+        assert (head.output, head.max_depth) == (output, 80.0)
 
 
-@pytest.mark.parametrize("output", ["relu", "linear", "reciprocal", "sigmoid"])
+@pytest.mark.parametrize("output, metres", [
+    ("relu", lambda y, max_depth: y.clamp(min=0)),
+    ("linear", lambda y, max_depth: y),
+    ("sigmoid", lambda y, max_depth: max_depth / (1 + torch.exp(-y))),
+    ("reciprocal", lambda y, max_depth: max_depth / (1 + F.softplus(y))),
+])
 @pytest.mark.parametrize("max_depth, start", [(10.0, 3.0), (80.0, 3.0), (4.0, 2.0), (3000.0, 3.0)])
 @pytest.mark.parametrize("batch_norm", [False, True])
 @torch.no_grad()
-def test_a_head_starts_at_3_metres_or_the_middle_of_a_shorter_range(output, max_depth, start, batch_norm):
-    head = script.DepthHead(2, 1, output, max_depth, batch_norm).eval()
-    assert head(torch.zeros(1, 2, 1, 1)).item() == pytest.approx(start, rel=1e-4)
+def test_a_head_means_metres_and_starts_at_3_or_the_middle_of_a_shorter_range(
+        output, metres, max_depth, start, batch_norm):
+    head = script.DepthHead(1, 1, output, max_depth, batch_norm).eval()
+    assert head(torch.zeros(1, 1, 1, 1)).item() == pytest.approx(start, rel=1e-4)
+    x = torch.linspace(-9, 9, 7).view(1, 1, 1, 7)
+    torch.testing.assert_close(head(x), metres(head.bn(head.conv(x)), max_depth))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -314,10 +300,10 @@ def test_a_fresh_network_predicts_metres_and_every_weight_can_learn(name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "densedepth"])  # most of its come first
+@pytest.mark.parametrize("name", ["fastdepth-pruned", "fastdepth-table", "mobilenetv2-nnconv5", "fpn"])
 @torch.no_grad()
 def test_folding_keeps_the_numbers_and_leaves_no_batch_norm(name):
-    model, image = seasoned(name), torch.rand(2, 3, 64, 64)
+    model, image = season(build_model(name)), torch.rand(2, 3, 64, 64)
     keys = list(model.state_dict())
     folded = fold_batch_norm(model.train())
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules()) and not folded.training
@@ -328,10 +314,10 @@ def test_folding_keeps_the_numbers_and_leaves_no_batch_norm(name):
     torch.testing.assert_close(folded(image), expected, rtol=1e-3, atol=1e-3 * expected.max().item())
 
 
-@pytest.mark.parametrize("name", ["fastdepth-pruned", "fastdepth-table"])
 @pytest.mark.filterwarnings("ignore")  # of tracing, about the check of the size
-def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func(name):
-    model, image = seasoned(name).double(), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func():
+    model = season(build_model("fastdepth-pruned")).double()
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     expected = model(image)
     assert torch.equal(torch.jit.trace(model, image)(image), expected)
     torch.testing.assert_close(torch.export.export(model, (image,)).module()(image), expected)
@@ -348,22 +334,12 @@ def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func
 
 
 DEPTHWISE = [  # beside channels, groups and bias
-    dict(kernel_size=3, padding=1),
-    dict(kernel_size=3, padding=1, stride=2),
-    dict(kernel_size=5, padding=2),
-    dict(kernel_size=5, padding=2, stride=2),
-    dict(kernel_size=5, padding=(2, 1)),
-    dict(kernel_size=(5, 3), padding=(2, 1)),
-]
+    dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
+    dict(kernel_size=5, padding=2), dict(kernel_size=5, padding=2, stride=2),
+    dict(kernel_size=5, padding=(2, 1)), dict(kernel_size=(5, 3), padding=(2, 1))]
 OTHERS = [
-    dict(groups=1),
-    dict(groups=2),
-    dict(out_channels=12),
-    dict(bias=True),
-    dict(dilation=2),
-    dict(padding=1, padding_mode="reflect"),
-    dict(padding="same"),
-]
+    dict(groups=1), dict(groups=2), dict(out_channels=12), dict(bias=True), dict(dilation=2),
+    dict(padding=1, padding_mode="reflect"), dict(padding="same")]
 
 
 def depthwise(**options):
@@ -406,7 +382,7 @@ def test_only_plain_depthwise_convolutions_get_the_fast_gradient(options):
 
 
 def test_a_network_with_the_fast_gradient_keeps_its_keys_copies_pickles_and_folds():
-    plain = seasoned("fastdepth-pruned")
+    plain = season(build_model("fastdepth-pruned"))
     fast = copy.deepcopy(plain)
     script.use_fast_depthwise_gradient(fast)
     assert sum(type(layer) is FastDepthwise for layer in fast.modules()) == 13 + 5
@@ -445,31 +421,22 @@ def test_a_file_needs_nothing_but_torch(file):
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-def test_model_and_loss_run_alone_in_an_empty_folder(tmp_path):
-    for file in ("model.py", "loss.py"):
-        shutil.copy(FOLDER / file, tmp_path)
-        done = subprocess.run([sys.executable, "-E", file], cwd=tmp_path, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+def test_model_py_runs_alone_in_a_folder_and_a_reader_who_closes_the_pipe_sees_no_traceback(tmp_path):
+    shutil.copy(FOLDER / "model.py", tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does; what is printed goes out at the end
+    command = [sys.executable, "-E", "model.py", "fastdepth"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
-def test_the_command_prints_a_network_layer_by_layer(monkeypatch, capsys):
+def test_the_command_prints_a_network_layer_by_layer_and_refuses_an_unknown_one(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model.py", "fastdepth-table"])
     script.main()
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("15,781,601", "6.2465", "512 x 14 x 14", "1 x 224 x 224"))
-
-
-def test_an_unknown_name_is_the_users_mistake(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model.py", "resnet"])
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2 and "resnet" in capsys.readouterr().err
-
-
-def test_a_reader_who_closes_the_pipe_sees_no_traceback():
-    reader, writer = os.pipe()
-    os.close(reader)  # as `| head -1` does
-    command = [sys.executable, script.__file__, "fastdepth"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

@@ -60,6 +60,16 @@ def run(finished, tmp_path):
 
 
 @pytest.fixture
+def quarter(monkeypatch):
+    """The network becomes a single layer, whose output is a quarter as wide and high."""
+    class Quarter(torch.nn.Conv2d):
+        output_stride = 4
+
+    for where in (train, model):
+        monkeypatch.setattr(where, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
+
+
+@pytest.fixture
 def steps():
     """Of every step of any optimizer: its learning rate, and the norm of the gradient."""
     seen = []
@@ -147,15 +157,19 @@ def test_an_epoch_of_one_seed_is_no_epoch_of_another(flags):
         loader = train.epoch_loader(args, epoch, train_set, rank=0, ranks=1)
         drawn.add((*loader.sampler, torch.initial_seed()))
         assert (train_set.seed, train_set.epoch) == (seed, epoch)
-        assert loader.worker_init_fn is data.worker_init
     assert len(drawn) == 16
 
 
 def test_workers_leave_ctrl_c_to_the_main_process():
-    loader = torch.utils.data.DataLoader(
-        range(1), batch_size=None, num_workers=1, worker_init_fn=data.worker_init,
-        collate_fn=lambda _: signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
-    assert list(loader) == [True]
+    class Ignored(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+    args, _ = train.parse([*MINIATURE, "--workers", "1"])
+    assert list(train.make_loader(args, Ignored(), 1)) == [torch.tensor([True])]
 
 
 def test_a_run_writes_its_files_and_best_is_the_epoch_of_the_lowest_rmse(rooms, run):
@@ -209,10 +223,7 @@ def test_the_loss_gets_metres_in_float32_and_the_mask_of_valid_pixels(flags, tmp
     assert read_log(tmp_path / "run")[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_a_coarser_network_is_compared_at_its_own_resolution(flags, rooms, monkeypatch):
-    class Quarter(torch.nn.Conv2d):
-        output_stride = 4
-
+def test_a_coarser_network_is_compared_at_its_own_resolution(flags, rooms, quarter, monkeypatch):
     targets = []
 
     def loss(pred, target, mask):
@@ -220,8 +231,6 @@ def test_a_coarser_network_is_compared_at_its_own_resolution(flags, rooms, monke
         targets.extend(target)
         return pred.mean()
 
-    for where in (train, model):
-        monkeypatch.setattr(where, "build_model", lambda *a, **k: Quarter(3, 1, 4, stride=4))
     monkeypatch.setattr(train, "make_loss", lambda *a: loss)
     go(flags, "--epochs 1 --augment none")
     train_set = data.open_dataset(rooms, "train", (64, 64), limit=10)
@@ -310,14 +319,14 @@ def test_the_first_command_of_the_readme_in_miniature(tmp_path):
     assert (tmp_path / "runs" / "fastdepth-1" / "samples.png").exists()
 
 
-@pytest.mark.parametrize("more, size, kind, frames", [
-    ("", (128, 128), "144x192", (144, 192)),
-    ("--size 64 96", (64, 96), "144x192", (144, 192)),
-    ("--preset best", (128, 128), "144x192", (144, 192)),
-    ("--preset paper", (224, 224), "240x320", (240, 320)),
-    ("--size 224 224", (224, 224), "240x320", (240, 320)),
+@pytest.mark.parametrize("more, size, frames", [
+    ("", (128, 128), (144, 192)),
+    ("--size 64 96", (64, 96), (144, 192)),
+    ("--preset best", (128, 128), (144, 192)),
+    ("--preset paper", (224, 224), (240, 320)),
+    ("--size 224 224", (224, 224), (240, 320)),
 ])
-def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, rooms, tmp_path, monkeypatch):
+def test_the_default_rooms_are_packed_on_first_use(more, size, frames, rooms, tmp_path, monkeypatch):
     packed = []
 
     def write_pack(file, root, size):
@@ -332,7 +341,7 @@ def test_the_default_rooms_are_packed_on_first_use(more, size, kind, frames, roo
         train_set, _ = train.open_data(args, rank=0)
     Path(args.data).unlink()
     train.open_data(args, rank=0)  # a resumed run renders them again
-    name = f"data/rooms-v{data.ROOMS_VERSION}-{train.ROOMS}-{kind}.h5"
+    name = f"data/rooms-v{data.ROOMS_VERSION}-{train.ROOMS}-{frames[0]}x{frames[1]}.h5"
     assert packed == [(name, f"rooms:{train.ROOMS}", frames)] * 2
     assert args.size == train_set.size == size
 
@@ -355,8 +364,8 @@ def test_data_that_looks_like_another_unit_or_is_mostly_cropped_is_said(flags, m
     monkeypatch.setattr(data, "check_scale", lambda dataset, max_depth: asked.append(max_depth))
     monkeypatch.setattr(data, "check_crop", lambda dataset, size: asked.append(size))
     args, _ = train.parse([*flags, "--max-depth", "3"])
-    train.open_data(args, rank=1)
-    train.open_data(args, rank=0)
+    for rank in (0, 1):
+        train.open_data(args, rank)
     assert asked == [3.0, (64, 64)]
 
 
@@ -367,7 +376,6 @@ def test_data_that_looks_like_another_unit_or_is_mostly_cropped_is_said(flags, m
 
 @pytest.mark.parametrize("preset, network, recipe", [
     ("paper", "fastdepth", dict(optimizer="sgd", lr=0.01, schedule="step", augment="paper")),
-    ("paper", "mobilenetv2-nnconv5", dict(optimizer="sgd", lr=0.01, schedule="step", augment="paper")),
     ("paper", "densedepth",
      dict(optimizer="adam", lr=1e-4, schedule="none", loss="densedepth", weight_decay=0)),
     ("paper", "fpn", dict(lr=0.005, schedule="step")),
@@ -394,13 +402,19 @@ def test_the_learning_rate_is_the_networks_and_the_optimizers_own(network, optim
     assert type(train.OPTIMIZERS[optimizer]([torch.zeros(1)])) is kind
 
 
-@pytest.mark.parametrize("schedule, expected", [("step", 10 * [0.01] + 2 * [0.001]), ("none", 12 * [0.01])])
-def test_the_learning_rate_follows_its_schedule(schedule, expected, flags, steps, tmp_path):
-    go(flags, f"--epochs 6 --schedule {schedule}")
+@pytest.mark.parametrize("schedule, factor, expected", [
+    ("none", 1.0, 3 * [0.01]),
+    ("step", 1.0, 5 * [0.01] + [0.001]),
+    ("plateau", 1.0, [0.01, 0.01, 0.003, 0.0009]),  # no epoch is better than the first
+    ("plateau", 0.995, 3 * [0.01]),  # each is a little better
+])
+def test_the_learning_rate_follows_its_schedule(schedule, factor, expected, flags, steps, tmp_path,
+                                                monkeypatch):
+    let_rmse_fall(monkeypatch, factor)
+    go(flags, f"--epochs {len(expected)} --schedule {schedule}")
     rates = [lr for lr, _ in steps]
-    assert rates == pytest.approx(expected, abs=1e-9)
-    logged = [row["lr"] for row in read_log(tmp_path / "run")]
-    assert logged == pytest.approx(rates[::2], rel=1e-5)  # that of an epoch's first step
+    assert rates[::2] == rates[1::2] == pytest.approx(expected)
+    assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(expected)
 
 
 def test_more_epochs_on_resume_move_the_end_of_the_cosine(flags, steps, tmp_path):
@@ -412,29 +426,19 @@ def test_more_epochs_on_resume_move_the_end_of_the_cosine(flags, steps, tmp_path
     assert [lr for lr, _ in steps] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("factor, expected", [
-    (1.0, [0.01, 0.01, 0.003, 0.0009, 0.00027, 0.000081]),  # no epoch is better than the first
-    (0.995, 6 * [0.01]),  # each is a little better
-])
-def test_plateau_lowers_the_rate_where_the_rmse_stays(factor, expected, flags, steps, monkeypatch):
-    let_rmse_fall(monkeypatch, factor)
-    go(flags, "--epochs 6")
-    rates = [lr for lr, _ in steps]
-    assert rates[::2] == rates[1::2] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("amp", ["none", "fp16"])
-def test_clip_bounds_the_norm_of_the_gradient(amp, flags, steps, monkeypatch):
+def test_clip_bounds_the_norm_of_the_gradient(amp, flags, quarter, steps, monkeypatch):
     scaler = torch.amp.GradScaler  # the usual scale of 65536 overflows at first, and those steps are left out
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=64.0, **k))
-    more = f"--epochs 1 --size 32 32 --amp {amp}"
+    more = f"--epochs 1 --amp {amp}"
     go(flags, more)
     go(flags, f"{more} --clip 0.01 --out {flags[-1]}-clipped")
+    assert bool(load(Path(flags[-1]) / "last.pt")["scaler"]) == (amp == "fp16")  # which needs one
     norms = [norm for _, norm in steps]
     assert len(norms) == 4 and min(norms[:2]) > 0.02 and norms[2:] == pytest.approx([0.01, 0.01], rel=1e-2)
 
 
-def test_compile_trains_the_same_network_under_the_same_names(flags, finished, tmp_path, monkeypatch):
+def test_compile_trains_the_same_network_under_the_same_names(flags, quarter, tmp_path, monkeypatch):
     calls = []
     compile = torch.compile
 
@@ -445,32 +449,19 @@ def test_compile_trains_the_same_network_under_the_same_names(flags, finished, t
 
     monkeypatch.setattr(torch, "compile", traced)
     go(flags, "--epochs 1 --compile")
+    go(flags, f"--epochs 1 --out {tmp_path}/plain")
     assert len(calls) == 2
-    assert read_log(tmp_path / "run")[0] == pytest.approx(read_log(finished)[0], rel=1e-3)
-    compiled, plain = (load(out / "last.pt")["weights"] for out in (tmp_path / "run", finished))
+    compiled, plain = (load(tmp_path / name / "last.pt")["weights"] for name in ("run", "plain"))
     assert compiled.keys() == plain.keys()
-
-
-@pytest.mark.parametrize("schedule", ["none", "plateau"])
-def test_a_learning_rate_given_on_resume_replaces_the_old(schedule, flags, tmp_path, monkeypatch):
-    let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
-    run = tmp_path / "run"
-    groups = []
-    go(flags, f"--epochs 1 --schedule {schedule} --weight-decay 0.02")
-    for more in ("--epochs 2", "--epochs 3 --lr 0.004"):
-        resume(run, more)
-        group = load(run / "last.pt")["optimizer"]["param_groups"][0]
-        groups.append([group[name] for name in ("lr", "weight_decay", "momentum")])
-    lowered = 0.003 if schedule == "plateau" else 0.01
-    assert groups == [[lowered, 0.02, 0.9], [0.004, 0.02, 0.9]] and len(read_log(run)) == 3
+    assert all(torch.allclose(compiled[name], plain[name]) for name in plain)
 
 
 def test_a_learning_rate_given_on_resume_starts_plateau_again(flags, steps, tmp_path, monkeypatch):
     let_rmse_fall(monkeypatch, 1.0)
-    go(flags, "--epochs 3")
+    go(flags, "--epochs 3 --limit 4")  # one step an epoch
     for more in ("--epochs 5 --lr 0.003", "--epochs 6 --lr 0.003", "--epochs 7"):  # all but the first go on
         resume(tmp_path / "run", more)
-    assert [lr for lr, _ in steps][::2] == pytest.approx([0.01, 0.01, 0.003, 0.003, 0.003, 0.0009, 0.00027])
+    assert [lr for lr, _ in steps] == pytest.approx([0.01, 0.01, 0.003, 0.003, 0.003, 0.0009, 0.00027])
 
 
 @pytest.mark.parametrize("able, amp", [("avx2", "none"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
@@ -485,14 +476,15 @@ def test_bf16_is_the_default_only_where_the_processor_computes_it(able, amp, mon
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at, more", [
-    (3, "--epochs 2 --optimizer adamw --schedule none"),
-    (7, "--epochs 4 --optimizer sgd --schedule plateau"),  # in the fourth epoch: the rate has fallen
-    (4, "--epochs 3 --optimizer adam --schedule cosine --workers 1 --augment paper"),
-    (12, "--epochs 6 --optimizer sgd --schedule step --augment camera"),  # in the sixth: the rate has fallen
-    (4, "--epochs 2 --amp fp16 --clip 1 --schedule cosine --augment colour --size 32 32"),
+@pytest.mark.parametrize("stop_at, done, more", [
+    (3, 1, "--epochs 2 --optimizer adamw --schedule none"),
+    (4, 1, "--epochs 2 --optimizer adam --schedule cosine --workers 1 --augment paper"),
+    # from here on an epoch has one step
+    (4, 3, "--epochs 4 --optimizer sgd --schedule plateau --limit 4"),  # the rate has fallen
+    (6, 5, "--epochs 6 --optimizer sgd --schedule step --augment camera --limit 4"),  # likewise
+    (2, 1, "--epochs 2 --amp fp16 --clip 1 --augment colour --size 32 32 --limit 2 --batch-size 2"),
 ])
-def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, done, more, flags, tmp_path, monkeypatch, capsys):
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     go(flags, f"{more} --out {tmp_path}/whole")
     steps = itertools.count(1)
@@ -507,7 +499,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         go(flags, more)
     assert f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
-    assert len(load(tmp_path / "run" / "last.pt")["history"]) == (stop_at - 1) // 2  # whole epochs only
+    assert len(load(tmp_path / "run" / "last.pt")["history"]) == done  # whole epochs only
     resume(tmp_path / "run")
     for name in ("last.pt", "best.pt"):
         assert same(load(tmp_path / "whole" / name), load(tmp_path / "run" / name))
@@ -518,15 +510,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, more, flags, tmp_path, 
 KILLED = {
     "before last.pt of epoch 1": 'at_call(os, "replace", 1, kill)',
     "before best.pt of epoch 1": 'at_call(os, "replace", 2, kill)',
-    "before log.csv of epoch 1": 'at_call(os, "replace", 3, kill)',
-    "in epoch 2": 'at_call(train.RunningLoss, "read", 4, kill)',
     "before last.pt of epoch 2": 'at_call(os, "replace", 5, kill)',  # the first remains the best
     "before log.csv of epoch 2": 'at_call(os, "replace", 6, kill)',
-    "before the samples": 'at_call(train, "finish", 1, kill)',
+    "before the samples": 'at_call(train, "finish", 1, kill); data.run_script = lambda main, *_: main()',
 }
 ENDINGS = KILLED | {
     "before the baseline": 'at_call(train, "mean_depth_baseline", 1, kill)',
-    "main is called": 'at_call(train, "finish", 1, kill); data.run_script = lambda main, *_: main()',
     "Ctrl-C in epoch 1": 'at_call(train.RunningLoss, "read", 1, ctrl_c)',
     "Ctrl-C in epoch 2": 'at_call(train.RunningLoss, "read", 3, ctrl_c); sys.argv += ["--workers", "1"]',
 }
@@ -594,7 +583,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(ending, endin
 
 @pytest.mark.parametrize("ending, last", [
     ("before the baseline", ["network", "training", "2"]),
-    ("main is called", ["epoch", "1", "2"]),
+    ("before the samples", ["epoch", "1", "2"]),
 ])
 def test_every_line_is_in_the_file_at_once(ending, last, endings):
     lines = (endings[0] / f"{ending}.out").read_text().splitlines()
@@ -650,32 +639,13 @@ def test_a_loss_is_looked_at_every_20_steps_so_that_nothing_waits_for_the_device
 
 def test_a_validation_that_is_not_finite_is_never_the_best(run, refused, monkeypatch):
     before = contents(run)
-    validate = train.validate
 
-    def after_damage(args, epoch, loader, network, rank):
+    def damage(args, epoch, loader, network, *others):
         next(network.parameters()).data.fill_(float("nan"))
-        return validate(args, epoch, loader, network, rank)
 
-    monkeypatch.setattr(train, "validate", after_damage)
+    monkeypatch.setattr(train, "train_one_epoch", damage)
     assert "epoch 3, validation" in refused(["--resume", run], "--epochs 3")
     assert contents(run) == before
-
-
-def test_a_run_never_overwrites_another(rooms, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    started = [*MINIATURE, "--data", str(rooms), "--epochs", "1"]
-    once = [True]
-
-    def another_starts_meanwhile(*args, **kwargs):
-        if once and once.pop():
-            train.main(started)
-        return evaluate(*args, **kwargs)
-
-    monkeypatch.setattr(train, "evaluate", another_starts_meanwhile)
-    train.main(started)
-    train.main(started)
-    runs = [Path("runs") / f"fastdepth-pruned-{k}" for k in (1, 2, 3)]
-    assert sorted(Path("runs").iterdir()) == runs and all((out / "samples.png").exists() for out in runs)
 
 
 @pytest.mark.parametrize("there", ["best.pt", "last.pt", "notes.txt", ""])
@@ -687,19 +657,12 @@ def test_out_must_be_a_new_or_empty_folder(there, flags, refused, tmp_path):
     assert contents(tmp_path) == {file: b"mine"}
 
 
-def test_a_run_that_failed_leaves_no_folder(flags, refused, tmp_path):
-    out = tmp_path / "run"
-    refused(flags, "--data NOWHERE")
-    assert not out.exists()
-    with pytest.raises(SystemExit):
-        go(flags, "--lr 1e30")
-    assert not out.exists()
-
-
-def test_a_folder_is_claimed_before_the_first_epoch(flags, tmp_path, monkeypatch):
+def test_a_run_never_overwrites_another(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse(flags[:-2])
-    args.out = out = train.claim_folder(args)  # runs/MODEL-1
+    folders = [train.claim_folder(args) for _ in range(3)]  # before an epoch has been saved
+    assert folders == [Path("runs") / f"fastdepth-pruned-{k}" for k in (1, 2, 3)]
+    args.out = out = folders[0]
     assert list(out.iterdir()) == [train.claim(out)]
     assert train.claim_folder(args) == out  # in a container, a killed run may have had the same PID
     train.claim(out).rename(out / f"last.pt.partial-{os.getppid()}")
@@ -709,18 +672,10 @@ def test_a_folder_is_claimed_before_the_first_epoch(flags, tmp_path, monkeypatch
     assert train.claim_folder(args) == out
 
 
-def test_a_folder_runs_that_points_nowhere_is_an_error_and_no_endless_search(flags, refused, tmp_path,
-                                                                            monkeypatch):
+def test_a_folder_runs_that_points_nowhere_is_an_error(flags, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to("unmounted/scratch")
     assert "runs" in refused(flags[:-2])
-
-
-def test_a_run_that_lost_its_best_network_is_refused_before_it_trains(flags, refused, tmp_path, monkeypatch):
-    let_rmse_fall(monkeypatch, 1.1)
-    go(flags, "--epochs 2")
-    (tmp_path / "run" / "best.pt").unlink()
-    assert "run/best.pt: is missing" in refused(["--resume", tmp_path / "run"], "--epochs 3")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -744,12 +699,12 @@ else:  # the RMSE stays where it is, so that plateau lowers the rate
 train.count = lambda *a: dict(parameters=1, macs=1)
 register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
 
-results = [train.main([*sys.argv[1:], "--epochs", "3"])]
-results += [train.main(["--resume", sys.argv[-1], "--epochs", "4"])]  # rank 0 has written what rank 1 reads
+results = [train.main([*sys.argv[1:], "--epochs", "2"])]
+results += [train.main(["--resume", sys.argv[-1], "--epochs", "3"])]  # rank 0 has written what rank 1 reads
 loss = train.make_loss("l1")
 train.make_loss = lambda *a: lambda pred, *rest: loss(pred * float("nan") if rank == 1 else pred, *rest)
 try:
-    train.main(["--resume", sys.argv[-1], "--epochs", "5"])
+    train.main(["--resume", sys.argv[-1], "--epochs", "4"])
 except SystemExit as stop:
     results.append(stop.code)
 Path(f"{rank}.json").write_text(json.dumps([rates, results]))
@@ -766,10 +721,9 @@ def test_two_processes_train_as_one_that_normalises_the_halves_of_a_batch_apart(
     assert process.returncode == 0, process.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     (rates, results), (rates_1, results_1) = ranks
-    expected = [0.01, 0.01, 0.003, 0.0009]  # no epoch was better than the first
-    assert rates[:8:2] == rates[1:8:2] == rates_1[:8:2] == pytest.approx(expected)
+    assert rates[:6:2] == rates[1:6:2] == pytest.approx([0.01, 0.01, 0.003])  # no epoch beats the first
     assert rates == rates_1 and same(results[:2], results_1[:2])
-    assert "the loss is nan in epoch 5, step 1" in results[2] and results[2] != results_1[2]  # each its files
+    assert "the loss is nan in epoch 4, step 1" in results[2] and results[2] != results_1[2]  # each its files
     assert process.stdout.count("2 processes") == 3 and process.stdout.count("best epoch") == 2  # one speaks
     assert not list((tmp_path / "run").glob("*.partial*"))
 
@@ -784,7 +738,7 @@ def test_two_processes_train_as_one_that_normalises_the_halves_of_a_batch_apart(
     monkeypatch.setattr(train, "make_loss", lambda *a: lambda *tensors: (
         l1(*(t[0::2] for t in tensors)) + l1(*(t[1::2] for t in tensors))) / 2)
     let_rmse_fall(monkeypatch, 1.0)
-    go(flags, f"--epochs 4 --out {tmp_path}/one")
+    go(flags, f"--epochs 3 --out {tmp_path}/one")
     losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("run", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     one, two = (load(tmp_path / name / "last.pt")["weights"] for name in ("one", "run"))
@@ -840,9 +794,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     ("--device meta", "--device meta: PyTorch finds no such device"),
     ("--device hpu", "--device hpu: PyTorch finds no such device"),
     ("--data NOWHERE", "NOWHERE"),
-    ("--init NOWHERE.pt", "NOWHERE.pt"),
     ("--init NOWHERE.pt --pretrained", "--pretrained"),
-    ("--encoder-weights NOWHERE.pth", "NOWHERE.pth"),
 ])
 def test_a_wrong_flag_gets_one_line_and_nothing_is_written(wrong, named, flags, refused, tmp_path,
                                                                   monkeypatch):
@@ -857,14 +809,14 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(flags, refused, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [
-    "--model fastdepth", "--options skip=concat", "--optimizer adam", "--batch-size 2", "--loss l2",
-    "--seed 1", "--size 32 32", "--max-depth 5", "--augment none", "--preset best", "--out elsewhere",
-    "--init best.pt", "--pretrained", "--encoder-weights x.pth"])
-def test_resume_refuses_to_become_another_run(more, run, refused):
+def test_resume_refuses_to_become_another_run(run, refused):
     before = contents(run)
-    line = refused(["--resume", run], f"--epochs 3 {more}")
-    assert f"{more.split()[0]} cannot change on --resume" in line and contents(run) == before
+    for more in ("--model fastdepth", "--options skip=concat", "--optimizer adam", "--batch-size 2",
+                 "--loss l2", "--seed 1", "--size 32 32", "--max-depth 5", "--augment none", "--preset best",
+                 "--out elsewhere", "--init best.pt", "--pretrained", "--encoder-weights x.pth"):
+        line = refused(["--resume", run], f"--epochs 3 {more}")
+        assert f"{more.split()[0]} cannot change on --resume" in line
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("more", ["--model fastdepth", "--options skip=concat"])
@@ -886,6 +838,10 @@ def test_resume_refuses_what_is_no_run_of_this_edition(run, finished, refused):
         assert "last.pt" in refused(["--resume", run])
     (run / "last.pt").write_bytes((finished / "last.pt").read_bytes()[:100_000])
     assert "last.pt" in refused(["--resume", run])
+    saved["history"][0]["rmse"] = 0.0  # the first epoch was the best
+    torch.save(saved, run / "last.pt")
+    (run / "best.pt").unlink()
+    assert "run/best.pt: is missing" in refused(["--resume", run])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
