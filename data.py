@@ -1149,7 +1149,7 @@ def tile(rows, labels=(), gap=4):
 
 def to_uint8(image):
     """(3, H, W) float in [0, 1] -> (H, W, 3) uint8."""
-    return (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
 
 
 def progress(what, done, total, start, more=""):

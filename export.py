@@ -45,7 +45,8 @@ def export_onnx(model, file, size, config, dynamic=False):
     example = torch.zeros(2, 3, *((64, 96) if dynamic else size))
     model = fold_batch_norm(model).cpu()
     for layer in model.modules():
-        layer.inplace = False  # torch.onnx.export would take as long as all the rest to undo it
+        if getattr(layer, "inplace", False):
+            layer.inplace = False  # torch.onnx.export would spend a third of its time on undoing this
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -99,6 +99,7 @@ def test_one_measured_pixel_is_enough_and_a_corner_of_noise_decides_nothing():
     (np.full((4, 4), 7500, np.uint16), 1e6, r"0.0075 m: .*--depth-scale 5000 \(TUM\) would make it 1.5 m"),
     (np.full((4, 4), 5, np.uint16), 1000, "0.005 m: set --depth-scale"),
     (np.full((4, 4, 3), 9, np.uint8), 1000, r"must be \(H, W\) numbers, not \(4, 4, 3\)"),
+    (np.full((1, 1, 4), 9, np.uint8), 1000, r"must be \(H, W\) numbers, not \(4,\)"),
     (np.array([["near", "far"]]), 1000, r"must be \(H, W\) numbers"),
 ])
 def test_depth_that_cannot_be_metres_is_refused_by_name(raw, scale, complaint):
@@ -478,15 +479,17 @@ def test_a_sheet_shows_every_image_in_its_place():
     assert sheet.shape == (24, 68, 3) and (sheet[10:14] == 255).all()
     for r, c in np.ndindex(2, 3):
         assert (sheet[14 * r:14 * r + 10, 24 * c:24 * c + 20] == 40 * r + 10 * c).all()
+    labelled = np.asarray(data.tile(rows, ["a", "b", "c"], gap=4))
+    assert (labelled[18:] == sheet).all() and (labelled[:18] < 128).any()
 
 
 def test_progress_is_one_line_on_a_terminal_and_nothing_in_a_file(capsys, monkeypatch):
     data.progress("cooking", 1, 4, start=0)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    data.progress("cooking", 1, 4, start=time.time() - 30, more="  salt")
+    data.progress("cooking", 3, 4, start=time.time() - 270, more="  salt")
     shown = capsys.readouterr().out
-    assert shown.startswith("\rcooking 1/4") and "1:30 left  salt" in shown and "\n" not in shown
+    assert shown.startswith("\rcooking 3/4") and "1:30 left  salt" in shown and "\n" not in shown
     data.progress("cooking in a kitchen far away", 1, 4, start=0, more=99 * "salt")
     assert len(capsys.readouterr().out) == 2 + 79  # of a terminal's 80 columns
     data.progress("cooking", 4, 4, start=0)

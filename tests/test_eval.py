@@ -38,7 +38,7 @@ def mean_of(results):
 
 
 def reference_over(images, pooled=False):
-    """The same of a data set: images are pairs, the valid pixels of prediction and ground truth."""
+    """The same for a data set; an image is a pair: prediction and ground truth at its valid pixels."""
     if pooled:
         images = [[np.concatenate(pixels) for pixels in zip(*images)]]
     return mean_of([reference(*pixels) for pixels in images])
@@ -172,18 +172,24 @@ def test_the_table_by_distance_pools_the_pixels_of_each_range_and_a_limit_belong
         assert r["share"] == pytest.approx(inside.sum() / ((truth > 0) & (truth <= 50)).sum())
 
 
+def test_a_sheet_shows_frames_a_thousand_times_as_wide_as_high(tmp_path):
+    flat = [(torch.rand(3, 2, 2000), torch.rand(1, 2, 2000), 0)]
+    eval.sample_sheet(grey_metres, flat, tmp_path / "sheet.png", 4.0)
+    assert Image.open(tmp_path / "sheet.png").height == 18 + 1
+
+
 def test_evaluation_refuses_what_gives_no_number():
     with pytest.raises(data.UserError, match="no image has a valid pixel within 0.5 m"):
         evaluate(grey_metres, DataLoader(samples()), 0.5)
     for bad in (math.nan, math.inf):
+        predict = lambda image: grey_metres(image).index_fill(3, torch.tensor(5), bad)
         with pytest.raises(data.UserError, match="best.pt: predicts NaN"):
-            predict = lambda image: grey_metres(image).index_fill(3, torch.tensor(5), bad)
             evaluate(predict, DataLoader(samples()), clamp=(1e-3, 10.0), name="best.pt")
 
 
 @pytest.mark.parametrize("protocol", ["own", "fastdepth", "garg"])
-def test_what_is_odd_about_data_is_said_and_only_flags_that_eval_has(protocol, network, tmp_path, monkeypatch,
-                                                                     capsys):
+def test_eval_says_what_is_odd_about_data_and_names_no_flag_that_it_lacks(protocol, network, tmp_path,
+                                                                          monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.note.cache_clear()
     depth = np.full((96, 320), 27.0)
@@ -306,9 +312,13 @@ def test_a_large_image_is_antialiased_and_a_frame_is_sampled_as_in_training(heig
     board = ((np.arange(height)[:, None] + np.arange(width)) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "board.png")
     images = []
-    spying = lambda image: images.append(image) or torch.ones(1, 1, 7, 9)
+
+    def predict(image):
+        images.append(image)
+        return torch.ones(1, 1, 7, 9)
+
     config = dict(size=(224, 224), geometry="fastdepth", frame=frame, fixed=None)
-    eval.predict_images(spying, config, [tmp_path / "board.png"], tmp_path / "out")
+    eval.predict_images(predict, config, [tmp_path / "board.png"], tmp_path / "out")
     assert images[0].shape == (1, 3, 256, 256)
     if antialiased:
         assert (images[0] - 0.5).abs().max() < 0.05
@@ -369,7 +379,7 @@ def test_a_prediction_replaces_an_earlier_one_and_no_file_of_another_kind(networ
     assert mine.read_text() == "mine"
     (tmp_path / "photo.npy").unlink()  # as if it had been stopped
     eval.main([*argv, str(photo)])
-    assert "its photo.png would overwrite" in refused(eval, [*argv, tmp_path / "photo.png"])  # itself
+    assert "its photo.png would overwrite" in refused(eval, [*argv, tmp_path / "photo.png"])
     Image.fromarray(blobs(9, 32, 32)).save(tmp_path / "photo_depth.png")  # such as ground truth
     assert "its photo.png would overwrite" in refused(eval, [*argv, photo])
 
@@ -428,6 +438,7 @@ def test_one_bad_image_among_many_is_named_and_the_others_are_done(network, tmp_
     assert "b.png" in first and "d.heic" in second and "convert" in second
     assert sorted(file.name for file in (tmp_path / "depth").glob("*.npy")) == ["a.npy", "c.npy"]
     assert "c.png: 32x32, focal length 26 pixels (assumed), seen at 96x64 (full); depth " in said.out
+    assert said.out.count(" m, written at 32x32\n") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -522,7 +533,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(flags, limit, named, netwo
     ("MODEL --images TEXT.png", "TEXT.png"),
     ("MODEL --images photo.png --focal 2.8", "--focal 2.8"),  # millimetres
     ("MODEL --images photo.png --focal 8000", "--focal 8000"),
-    ("MODEL --images photo.png photo.jpg", "photo.jpg: its photo.png would overwrite"),  # that of photo.png
+    ("MODEL --images photo.png photo.jpg", "photo.jpg: its photo.png would overwrite"),
     ("MODEL --images photo.png photo_depth.jpg", "its photo_depth.png would overwrite"),
     ("MODEL --images photo.png --out .", "photo.png: its photo.png would overwrite")])
 def test_a_mistake_gets_one_line_exit_code_2_and_no_file(flags, named, network, frames, refused, desk):

@@ -456,8 +456,9 @@ def test_a_bad_frame_is_one_line_though_a_worker_read_it_and_the_old_pack_stays(
 
 def test_what_a_killed_packing_left_is_cleared_by_the_next_and_ctrl_c_leaves_nothing(tmp_path):
     command = [sys.executable, data.__file__, "rooms:4096", "--pack", "rooms.h5"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for stop in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True,
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, start_new_session=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         partial = tmp_path / f"rooms.h5.partial-{process.pid}"
         assert process.stdout.readline() == "packing 4608 frames of 240x320 into rooms.h5, 1769 MB\n"

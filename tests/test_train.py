@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags, finish
 def test_an_epoch_of_one_seed_is_no_epoch_of_another(flags):
     drawn = set()
     for seed, epoch in itertools.product(range(4), range(1, 5)):
-        args, _ = train.parse([*flags, "--seed", str(seed), "--workers", "1"])
+        args, _ = train.parse([*flags, "--seed", str(seed)])
         train_set, _ = train.open_data(args, rank=0)
         loader = train.epoch_loader(args, epoch, train_set, rank=0, ranks=1)
         drawn.add((*loader.sampler, torch.initial_seed()))
@@ -417,6 +417,12 @@ def test_the_learning_rate_follows_its_schedule(schedule, factor, expected, flag
     assert [row["lr"] for row in read_log(tmp_path / "run")] == pytest.approx(expected)
 
 
+def test_the_optimizer_gets_the_weight_decay_and_sgd_has_momentum(flags, tmp_path):
+    go(flags, "--epochs 1 --limit 4 --weight-decay 0.02")
+    group, = load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.02, 0.9)
+
+
 def test_more_epochs_on_resume_move_the_end_of_the_cosine(flags, steps, tmp_path):
     go(flags, "--epochs 1 --schedule cosine")
     resume(tmp_path / "run", "--epochs 3")
@@ -459,7 +465,7 @@ def test_compile_trains_the_same_network_under_the_same_names(flags, quarter, tm
 def test_a_learning_rate_given_on_resume_starts_plateau_again(flags, steps, tmp_path, monkeypatch):
     let_rmse_fall(monkeypatch, 1.0)
     go(flags, "--epochs 3 --limit 4")  # one step an epoch
-    for more in ("--epochs 5 --lr 0.003", "--epochs 6 --lr 0.003", "--epochs 7"):  # all but the first go on
+    for more in ("--epochs 5 --lr 0.003", "--epochs 6 --lr 0.003", "--epochs 7"):  # one new --lr
         resume(tmp_path / "run", more)
     assert [lr for lr, _ in steps] == pytest.approx([0.01, 0.01, 0.003, 0.003, 0.003, 0.0009, 0.00027])
 
@@ -757,6 +763,7 @@ def test_every_flag_has_a_help_text_and_says_its_default():
     parser = train.make_flags()
     text = parser.format_help()
     assert all(action.help for action in parser._actions)
+    assert "order and augmentation (default: 0)" in " ".join(text.split())
     assert "None" not in text and "(default: 0.0001)" in text and "(default: the network's)" in text
     assert "adam adds weight decay to the gradient, adamw shrinks the weights" in " ".join(text.split())
     assert re.search(r"--loss \{[^}]*\}\s+see loss.py \(default: l1\)", text)

@@ -303,7 +303,7 @@ def test_a_file_cannot_make_numpy_follow_an_address(tmp_path):
     reader = multiprocessing.get_context("fork").Process(
         target=complaint, args=(load_model, tmp_path / "evil.pth"))
     reader.start()
-    reader.join()
+    reader.join(60)
     assert reader.exitcode == 0  # refused, and no segmentation fault
 
 
