@@ -214,7 +214,7 @@ def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
     """Write n evenly chosen samples as one PNG: image | ground truth | prediction | error.
 
     All depths share one range of colours, and all errors another, from 0 (dark) up: the bars are in metres.
-    The percent beyond an end of a bar has that end's colour.
+    Values beyond the end of a bar have the colour of that end.
     """
     shown = []
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
