@@ -646,7 +646,7 @@ def read_file(file):
             warnings.simplefilter("ignore")  # old files hold the source of their classes, torch compares it
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=StandInPickle)
     except Exception as error:  # a hostile file may raise anything
-        raise ModelError(f"{file}: refused ({one_line(error)})") from None
+        raise ModelError(f"{file}: not a file of weights ({one_line(error)})") from None
 
 
 def state_dict_of(saved):

@@ -66,7 +66,7 @@ def write(saved):
 @pytest.mark.parametrize("make, said", [
     (lambda file: None, "no such file"),
     (lambda file: file.mkdir(), "is a folder: name the file in it"),
-    (lambda file: file.write_text("Depth, in metres\n"), "refused"),
+    (lambda file: file.write_text("Depth, in metres\n"), "not a file of weights"),
     (lambda file: file.write_text("epoch,lr,loss\n1,0.05,0.7\n"), "copy it again"),
     (write(lambda: build_model("fastdepth-pruned").state_dict()), "neither a checkpoint.*OrderedDict"),
     (write(lambda: build_model("fastdepth-pruned")), "it names model.DepthNet"),
