@@ -123,9 +123,9 @@ def read_depth(file, scale):
             with Image.open(file) as image:
                 if image.mode == "P":
                     raise UserError("its pixels are indices of a palette")
-                codec, *_, how = image.tile[0] if image.tile else ("", "")
-                if codec.startswith("ppm") and how[-1] not in (255, 65535):  # Pillow would stretch it
-                    raise UserError(f"its maxval is {how[-1]}, not 255 or 65535")
+                codec, *_, options = image.tile[0] if image.tile else ("", "")
+                if codec.startswith("ppm") and options[-1] not in (255, 65535):  # Pillow would rescale it
+                    raise UserError(f"its maxval is {options[-1]}, not 255 or 65535")
                 raw = np.asarray(image)
     except Exception as error:  # numpy and Pillow raise errors of many types for damaged files
         raise UserError(f"{file}: cannot be read as depth ({error}): replace or remove it") from None

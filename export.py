@@ -46,7 +46,7 @@ def export_onnx(model, file, size, config, dynamic=False):
     model = fold_batch_norm(model).cpu()
     for layer in model.modules():
         if getattr(layer, "inplace", False):
-            layer.inplace = False  # torch.onnx.export would spend a third of its time on undoing this
+            layer.inplace = False  # torch.onnx.export would spend nearly half its time undoing it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns about its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -161,7 +161,7 @@ def test_an_epoch_of_one_seed_is_no_epoch_of_another(flags):
 
 
 def test_workers_leave_ctrl_c_to_the_main_process():
-    class Ignored(torch.utils.data.Dataset):
+    class IgnoresCtrlC(torch.utils.data.Dataset):
         def __len__(self):
             return 1
 
@@ -169,7 +169,7 @@ def test_workers_leave_ctrl_c_to_the_main_process():
             return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
     args, _ = train.parse([*MINIATURE, "--workers", "1"])
-    assert list(train.make_loader(args, Ignored(), 1)) == [torch.tensor([True])]
+    assert list(train.make_loader(args, IgnoresCtrlC(), 1)) == [torch.tensor([True])]
 
 
 def test_a_run_writes_its_files_and_best_is_the_epoch_of_the_lowest_rmse(rooms, run):
