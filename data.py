@@ -1276,10 +1276,11 @@ def main(argv=None):
     parser.add_argument("path", help="a data set of any known layout, or rooms:N")
     parser.add_argument("--depth-scale", type=positive(float), default=1000.0,
                         help="16-bit depth / this = metres (TUM 5000, KITTI 256)")
-    parser.add_argument("--pack", metavar="FILE.h5", help="write the data as one file, read at memory speed")
+    writes = parser.add_mutually_exclusive_group().add_argument
+    writes("--pack", metavar="FILE.h5", help="write the data as one file, read at memory speed")
+    writes("--out", help="the contact sheet's file (default: runs/data-NAME.png)")
     parser.add_argument("--size", type=positive(int), nargs=2, metavar=("H", "W"),
                         help="of the pack's frames (default: what geometry fastdepth reads)")
-    parser.add_argument("--out", help="the contact sheet's file (default: runs/data-NAME.png)")
     args = parser.parse_args(argv)
     if args.size and not args.pack:
         raise UserError("--size: is the size of the frames of --pack: give that too")
