@@ -273,7 +273,7 @@ def load_run(out):
 # ------------------------------------------------------------------------------------------------------------
 
 ROOMS_SIZE = (128, 128)  # in equal time, many small images teach more than few large ones
-ROOMS = 4096  # training rooms of the default data
+ROOMS = 6144  # training rooms of the default data
 
 
 def open_data(args, rank):
