@@ -631,9 +631,6 @@ def read_pair(source, scale):
     return read_image(image), read_depth(depth, scale)
 
 
-PACK_VERSION = 1  # raise it when the form of the file changes
-
-
 def pack_frame(dataset, size, index):
     """One frame as a pack stores it: (h, w, 3) uint8, (h, w) uint16 millimetres."""
     image, depth = dataset.read(index)
@@ -671,7 +668,7 @@ def write_pack(file, root, size=None, depth_scale=1000.0):
         print(f"packing {n} frames of {h}x{w} into {file}, {megabytes:.0f} MB")
         f.truncate(n * h * w * 5)  # exceeding a file size limit is an error here, a crash in HDF5
         with h5py.File(f.name, "w") as h5:
-            h5.attrs["fastdepth_pack"] = PACK_VERSION
+            h5.attrs["fastdepth_pack"] = 1  # find_pack looks for it
             images = h5.create_dataset("image", (n, h, w, 3), np.uint8)
             depths = h5.create_dataset("depth", (n, h, w), np.uint16)
             for key in ("part", "scene", "name"):
@@ -691,10 +688,8 @@ def find_pack(root):
     if root.suffix != ".h5" or root.is_dir():
         return []
     with opened(root, "a pack: write one with python data.py PATH --pack FILE.h5") as h5:
-        version = h5.attrs["fastdepth_pack"]
+        h5.attrs["fastdepth_pack"]  # KeyError: another file
         parts, scenes, names = (h5[key].asstr()[:] for key in ("part", "scene", "name"))
-    if version != PACK_VERSION:
-        raise UserError(f"{root}: is a pack of version {version}, not {PACK_VERSION}: pack it again")
     written = root.stat().st_mtime_ns
     return [Sample(parts[i], scenes[i], (root, written, i), names[i]) for i in range(len(names))]
 
@@ -1145,11 +1140,6 @@ def tile(rows, labels=(), gap=4):
     for c, label in enumerate(labels):
         ImageDraw.Draw(sheet).text((c * (w + gap) + 4, 3), label, fill="black")
     return sheet
-
-
-def to_uint8(image):
-    """(3, H, W) float in [0, 1] -> (H, W, 3) uint8."""
-    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
 
 
 def progress(what, done, total, start, more=""):

@@ -224,12 +224,13 @@ def sample_sheet(predict, dataset, file, max_depth, n=6, grid=None):
             image = view(image, *grid)
         mask = valid_mask(depth, max_depth)
         error = torch.where(mask, (pred - depth).abs().clamp(min=1e-6), 0)  # 0 would be drawn grey
+        image = (255 * image.permute(1, 2, 0)).round().byte()
         shown.append((image, torch.where(mask, depth, 0), pred.clamp(min=1e-3), error))
     _, truth, preds, errors = (torch.cat([t.flatten() for t in column]) for column in zip(*shown))
     near, far = np.quantile(torch.cat([truth[truth > 0], preds]), (0.01, 0.99))
     most = np.quantile(errors[truth > 0], 0.99) if truth.any() else 1.0
     height = max(1, round(256 * shown[0][1].shape[0] / shown[0][1].shape[1]))
-    rows = [[data.to_uint8(image), data.colourise(depth, near, far), data.colourise(pred, near, far),
+    rows = [[image.numpy(), data.colourise(depth, near, far), data.colourise(pred, near, far),
              data.colourise(error, most, 0)] for image, depth, pred, error in shown]
     rows = [[np.array(Image.fromarray(panel).resize((256, height), Image.Resampling.BOX)) for panel in row]
             for row in rows]

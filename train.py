@@ -11,7 +11,6 @@ decay 1e-4, 8 images per batch. Learning rate, schedule and augmentation were ch
 validation RMSE is the lowest so far. samples.png follows at the end.
 """
 import argparse
-import copy
 import importlib.util
 import io
 import itertools
@@ -288,7 +287,7 @@ def open_data(args, rank):
     if distributed.is_initialized():
         distributed.barrier()  # until the file is there
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
-    train_set = open_dataset(args.data, "train", augment=args.augment, seed=args.seed, **common)
+    train_set = open_dataset(args.data, "train", seed=args.seed, **common)
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
         raise UserError(f"{args.data}: has only {len(train_set)} training pairs: lower --batch-size to that")
@@ -312,7 +311,7 @@ def epoch_loader(args, epoch, dataset, rank, ranks):
     two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1.
     """
     torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
-    dataset.epoch = epoch
+    dataset.epoch, dataset.augment = epoch, args.augment  # the baseline saw plain frames
     order = torch.randperm(len(dataset))[:len(dataset) // args.batch_size * args.batch_size]
     return make_loader(args, dataset, args.batch_size // ranks, order[rank::ranks].tolist())
 
@@ -382,7 +381,7 @@ def join_processes(args):
 
 
 class RunningLoss:
-    """The sum of an epoch's losses. Shows progress, and stops the run if a loss is not finite."""
+    """The losses of an epoch's steps. Shows progress, and stops the run if one is not finite."""
 
     def __init__(self, args, epoch, loader):
         self.epoch = epoch
@@ -390,34 +389,30 @@ class RunningLoss:
         self.name = f"epoch {epoch}/{args.epochs}, step"
         self.start = time.time()
         self.every = 1 if args.device == "cpu" else 20  # reading a loss waits for the device
-        self.unread = []  # (step, loss, indices of the samples)
+        self.unread = []  # (loss, indices of the samples)
         self.step = 0
         self.total = 0.0
 
     def add(self, loss, index):
-        """The loss of the next step, and the indices of its samples."""
-        self.step += 1
-        self.unread.append((self.step, loss, index))
-        if len(self.unread) == self.every or self.step == len(self.loader):
-            self.read()
-            mean = f"  loss {self.total / self.step:.3f}"
-            data.progress(self.name, self.step, len(self.loader), self.start, mean)
-
-    def read(self):
-        """Add what is unread to the total, each loss as its mean over all processes. If one is not finite,
-        all processes exit with code 1, and each names the files that it read."""
-        losses = torch.stack([loss for _, loss, _ in self.unread])
+        """Add a step's loss, its mean over all processes, to the total, or keep it until 20 are read at once.
+        If one is not finite, all processes exit with code 1, and each names the files that it read."""
+        self.unread.append((loss, index))
+        if len(self.unread) < self.every and self.step + len(self.unread) < len(self.loader):
+            return
+        losses = torch.stack([loss for loss, _ in self.unread])
         if distributed.is_initialized():
             distributed.all_reduce(losses)
             losses /= distributed.get_world_size()
-        losses = losses.tolist()
-        for value, (step, _, index) in zip(losses, self.unread):
+        for value, (_, index) in zip(losses.tolist(), self.unread):
+            self.step += 1
+            self.total += value
             if not math.isfinite(value):
                 files = ", ".join(self.loader.dataset.files[i] for i in index)
-                sys.exit(f"\nthe loss is {value} in epoch {self.epoch}, step {step}: "
+                sys.exit(f"\nthe loss is {value} in epoch {self.epoch}, step {self.step}: "
                          f"lower --lr, set --clip, or look at {files}")
-        self.total += sum(losses)
         self.unread.clear()
+        mean = f"  loss {self.total / self.step:.3f}"
+        data.progress(self.name, self.step, len(self.loader), self.start, mean)
 
 
 def validate(args, epoch, loader, model, rank):
@@ -494,9 +489,7 @@ def show_plan(args, out, history, model, train_set, val_loader, ranks):
     done = f"; {len(history)} epochs done" if history else ""
     print(f"          {args.epochs} epochs of {len(train_set) // args.batch_size} steps "
           f"of {args.batch_size} images{done}")
-    frames = copy.copy(train_set)
-    frames.augment = "none"
-    mean = mean_depth_baseline(frames, args.max_depth)
+    mean = mean_depth_baseline(train_set, args.max_depth)
     baseline, _ = evaluate(lambda image: mean.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f} "
           "(mean depth of each pixel)")

@@ -420,14 +420,14 @@ def test_a_pack_does_not_depend_on_how_many_worked(pack, originals, tmp_path, mo
         assert (tmp_path / "set.h5").read_bytes() == pack.read_bytes()
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda h5: h5.attrs.modify("fastdepth_pack", 0), "is a pack of version 0, not 1: pack it again"),
-    (lambda h5: (h5.pop("part"), h5.create_group("part")), "is not a pack"),
+@pytest.mark.parametrize("change", [
+    lambda h5: h5.attrs.pop("fastdepth_pack"),
+    lambda h5: (h5.pop("part"), h5.create_group("part")),
 ])
-def test_a_pack_of_another_version_or_form_is_refused(pack, tmp_path, change, complaint):
+def test_a_file_of_another_form_is_no_pack(pack, tmp_path, change):
     with h5py.File(shutil.copy(pack, tmp_path), "a") as h5:
         change(h5)
-    with complains(f"set.h5: {complaint}"):
+    with complains("set.h5: is not a pack"):
         find_samples(tmp_path / "set.h5")
 
 

@@ -494,14 +494,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stop_at, done, more, flags, tmp_
     let_rmse_fall(monkeypatch, 1.0)  # so that plateau lowers the rate
     go(flags, f"{more} --out {tmp_path}/whole")
     steps = itertools.count(1)
-    read = train.RunningLoss.read
+    add = train.RunningLoss.add
 
-    def interrupted(losses):
+    def interrupted(*step):
         if next(steps) == stop_at:
             raise KeyboardInterrupt
-        read(losses)
+        add(*step)
 
-    monkeypatch.setattr(train.RunningLoss, "read", interrupted)
+    monkeypatch.setattr(train.RunningLoss, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(flags, more)
     assert f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
@@ -522,8 +522,8 @@ KILLED = {
 }
 ENDINGS = KILLED | {
     "before the baseline": 'at_call(train, "mean_depth_baseline", 1, kill)',
-    "Ctrl-C in epoch 1": 'at_call(train.RunningLoss, "read", 1, ctrl_c)',
-    "Ctrl-C in epoch 2": 'at_call(train.RunningLoss, "read", 3, ctrl_c); sys.argv += ["--workers", "1"]',
+    "Ctrl-C in epoch 1": 'at_call(train.RunningLoss, "add", 1, ctrl_c)',
+    "Ctrl-C in epoch 2": 'at_call(train.RunningLoss, "add", 3, ctrl_c); sys.argv += ["--workers", "1"]',
 }
 SCRIPT = """
 import json, os, signal, sys
