@@ -394,13 +394,13 @@ class RunningLoss:
         self.total = 0.0
 
     def add(self, loss, index):
-        """Add a step's loss, its mean over all processes, to the total, or keep it until 20 are read at once.
+        """Add the loss of the next step, and the indices of its samples. On a GPU, 20 are read at once.
         If one is not finite, all processes exit with code 1, and each names the files that it read."""
         self.unread.append((loss, index))
         if len(self.unread) < self.every and self.step + len(self.unread) < len(self.loader):
             return
         losses = torch.stack([loss for loss, _ in self.unread])
-        if distributed.is_initialized():
+        if distributed.is_initialized():  # their means over all processes
             distributed.all_reduce(losses)
             losses /= distributed.get_world_size()
         for value, (_, index) in zip(losses.tolist(), self.unread):
