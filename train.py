@@ -271,7 +271,7 @@ def load_run(out):
 # Data, network, optimizer, processes
 # ------------------------------------------------------------------------------------------------------------
 
-ROOMS_SIZE = (128, 128)  # in equal time, many small images teach more than few large ones
+ROOMS_SIZE = (128, 128)  # not 224x224: in equal time, many small images teach more than few large ones
 ROOMS = 6144  # training rooms of the default data
 
 
@@ -311,7 +311,7 @@ def epoch_loader(args, epoch, dataset, rank, ranks):
     two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1.
     """
     torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
-    dataset.epoch, dataset.augment = epoch, args.augment  # the baseline saw plain frames
+    dataset.epoch, dataset.augment = epoch, args.augment  # not before: the baseline needs plain frames
     order = torch.randperm(len(dataset))[:len(dataset) // args.batch_size * args.batch_size]
     return make_loader(args, dataset, args.batch_size // ranks, order[rank::ranks].tolist())
 
