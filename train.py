@@ -11,6 +11,7 @@ decay 1e-4, 8 images per batch. Learning rate, schedule and augmentation were ch
 validation RMSE is the lowest so far. samples.png follows at the end.
 """
 import argparse
+import copy
 import importlib.util
 import io
 import itertools
@@ -287,7 +288,7 @@ def open_data(args, rank):
     if distributed.is_initialized():
         distributed.barrier()  # until the file is there
     common = dict(size=args.size, geometry=args.geometry, depth_scale=args.depth_scale, limit=args.limit)
-    train_set = open_dataset(args.data, "train", seed=args.seed, **common)
+    train_set = open_dataset(args.data, "train", augment=args.augment, seed=args.seed, **common)
     val_set = open_dataset(args.data, "val", **common)
     if len(train_set) < args.batch_size:
         raise UserError(f"{args.data}: has only {len(train_set)} training pairs: lower --batch-size to that")
@@ -311,7 +312,7 @@ def epoch_loader(args, epoch, dataset, rank, ranks):
     two are hashed, not added: epoch 2 of seed 0 must not be epoch 1 of seed 1.
     """
     torch.manual_seed(zlib.crc32(f"{args.seed} {epoch}".encode()))
-    dataset.epoch, dataset.augment = epoch, args.augment  # not before: the baseline needs plain frames
+    dataset.epoch = epoch
     order = torch.randperm(len(dataset))[:len(dataset) // args.batch_size * args.batch_size]
     return make_loader(args, dataset, args.batch_size // ranks, order[rank::ranks].tolist())
 
@@ -390,7 +391,7 @@ class RunningLoss:
         self.start = time.time()
         self.every = 1 if args.device == "cpu" else 20  # reading a loss waits for the device
         self.unread = []  # (loss, indices of the samples)
-        self.step = 0
+        self.step = 0  # of the last loss that was read
         self.total = 0.0
 
     def add(self, loss, index):
@@ -489,7 +490,9 @@ def show_plan(args, out, history, model, train_set, val_loader, ranks):
     done = f"; {len(history)} epochs done" if history else ""
     print(f"          {args.epochs} epochs of {len(train_set) // args.batch_size} steps "
           f"of {args.batch_size} images{done}")
-    mean = mean_depth_baseline(train_set, args.max_depth)
+    frames = copy.copy(train_set)
+    frames.augment = "none"
+    mean = mean_depth_baseline(frames, args.max_depth)
     baseline, _ = evaluate(lambda image: mean.expand(len(image), -1, -1, -1), val_loader, args.max_depth)
     print(f"baseline  rmse {baseline['rmse']:.3f}, absrel {baseline['absrel']:.3f}, d1 {baseline['d1']:.3f} "
           "(mean depth of each pixel)")
