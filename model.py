@@ -20,7 +20,7 @@ import signal
 import warnings
 from collections import OrderedDict
 from functools import partial
-from itertools import product, zip_longest
+from itertools import zip_longest
 
 if __name__ == "__main__":  # no traceback on Ctrl-C during the slow import below, or from `| head -1`
     for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Windows has no SIGPIPE
@@ -844,11 +844,12 @@ def main():
 
 
 def use_fast_depthwise_gradient(model):
-    """Make every plain depthwise convolution a FastDepthwise, in place. Call it before compile and DDP."""
+    """Make every depthwise convolution like FastDepth's a FastDepthwise, in place. Call it before compile
+    and DDP."""
     for conv in [module for module in model.modules() if type(module) is nn.Conv2d]:
-        depthwise = conv.groups == conv.in_channels == conv.out_channels
-        zeros = conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)  # not "same"
-        if depthwise and zeros and conv.dilation == (1, 1) and conv.bias is None:
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
+        padded = (conv.kernel_size, conv.padding) in [((3, 3), (1, 1)), ((5, 5), (2, 2))]
+        if depthwise and padded and conv.padding_mode == "zeros" and conv.dilation == (1, 1):
             conv.__class__ = FastDepthwise
 
 
@@ -880,30 +881,27 @@ class DepthwiseGradient(torch.autograd.Function):
         """Gradient of the output (B, C, H/stride, W/stride) -> those of x (B, C, H, W) and of the weight."""
         x, weight = ctx.saved_tensors
         stride, padding = ctx.options
-        channels, _, *kernel = weight.shape
+        channels, _, _, width = weight.shape
 
-        # Of the weight. PyTorch's kernel is fast up to a width of 3, so a width of 5 is computed in two halves
+        # Of the weight. PyTorch's kernel is fast up to a width of 3, so a width of 5 is computed in two parts
         # that share the middle column.
-        if kernel[1] == 5:
+        if width == 5:
             grad_weight = torch.empty_like(weight)
-            padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+            padded = F.pad(x, (2, 2, 2, 2))
             for j in (0, 2):
                 shifted = padded[..., j:padded.shape[3] - 2 + j]
-                shape = channels, 1, kernel[0], 3
-                grad_weight[..., j:j + 3] = conv2d_weight(shifted, shape, grad, stride, groups=channels)
+                part = conv2d_weight(shifted, (channels, 1, 5, 3), grad, stride, groups=channels)
+                grad_weight[..., j:j + 3] = part
         else:
             grad_weight = conv2d_weight(x, weight.shape, grad, stride, padding, groups=channels)
 
-        # Of x. PyTorch's kernel is slow, so this is a forward convolution: over the gradient, with zeros where
-        # the stride skipped pixels, with the weights turned by 180 degrees.
+        # Of x. PyTorch's kernel is slow. A forward convolution does the same: over the gradient, with zeros
+        # where the stride skipped pixels, and with the weights turned by 180 degrees.
         if stride != (1, 1):
-            height, width = (n + 2 * pad - k + 1 for n, pad, k in zip(x.shape[2:], padding, kernel))
-            spread = torch.zeros(len(x), height, width, channels, dtype=x.dtype).permute(0, 3, 1, 2)
-            spread[:, :, ::stride[0], ::stride[1]] = grad
-            grad = spread
-        turned = weight.flip(2, 3).to(x.dtype)
-        rest = [k - 1 - pad for k, pad in zip(kernel, padding)]
-        grad_x = F.conv2d(grad, turned, padding=rest, groups=channels)
+            strided = grad
+            grad = torch.zeros_like(x)
+            grad[:, :, ::stride[0], ::stride[1]] = strided
+        grad_x = F.conv2d(grad, weight.flip(2, 3).to(x.dtype), padding=padding, groups=channels)
         return grad_x, grad_weight, None, None
 
 

@@ -273,7 +273,7 @@ def load_run(out):
 # ------------------------------------------------------------------------------------------------------------
 
 ROOMS_SIZE = (128, 128)  # not 224x224: in equal time, many small images teach more than few large ones
-ROOMS = 6144  # training rooms of the default data
+ROOMS = 7168  # training rooms of the default data
 
 
 def open_data(args, rank):

@@ -40,7 +40,7 @@ def in_miniature(command):
     """The script of a command, and its arguments, made small: argparse takes a flag's last value."""
     script, *arguments = shlex.split(command)[1:]
     arguments = [re.sub(r"^rooms:\d+", "rooms:16", argument) for argument in arguments]
-    arguments = [argument.replace("-6144-", "-16-") for argument in arguments]  # the default rooms
+    arguments = [re.sub(r"^(data/rooms-v\d+)-\d+-", r"\1-16-", argument) for argument in arguments]
     if script == "train.py":
         arguments += [*SMALL, "--epochs", "2" if "--resume" in arguments else "1"]
     return script.removesuffix(".py"), arguments

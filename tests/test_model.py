@@ -333,17 +333,16 @@ def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func
         assert (slopes[key][0] - p.grad).norm() <= 1e-9 * p.grad.norm(), key
 
 
-DEPTHWISE = [  # beside channels, groups and bias
-    dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
-    dict(kernel_size=5, padding=2), dict(kernel_size=5, padding=2, stride=2),
-    dict(kernel_size=5, padding=(2, 1)), dict(kernel_size=(5, 3), padding=(2, 1))]
-OTHERS = [
-    dict(groups=1), dict(groups=2), dict(out_channels=12), dict(bias=True), dict(dilation=2),
-    dict(padding=1, padding_mode="reflect"), dict(padding="same")]
+DEPTHWISE = [dict(kernel_size=k, padding=k // 2, stride=stride) for k in (3, 5) for stride in (1, 2, (2, 1))]
+OTHERS = [  # beside channels, groups and bias
+    dict(groups=1), dict(groups=2), dict(out_channels=12), dict(bias=True), dict(dilation=2), dict(padding=0),
+    dict(kernel_size=(3, 5), padding=(1, 2)), dict(kernel_size=7, padding=3),
+    dict(padding_mode="reflect"), dict(padding="same")]
 
 
 def depthwise(**options):
-    return nn.Conv2d(**dict(in_channels=6, out_channels=6, kernel_size=3, groups=6, bias=False) | options)
+    default = dict(in_channels=6, out_channels=6, kernel_size=3, padding=1, groups=6, bias=False)
+    return nn.Conv2d(**default | options)
 
 
 def gradients(layer, x, slope, amp=False):
