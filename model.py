@@ -839,13 +839,15 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A faster gradient for depthwise convolutions on CPUs: the same numbers and names. Only train.py uses it
+# A faster gradient for depthwise convolutions on CPUs, with the same state dict. Only train.py uses it
 # ------------------------------------------------------------------------------------------------------------
 
 
 def use_fast_depthwise_gradient(model):
-    """Make every depthwise convolution like FastDepth's a FastDepthwise, in place. Call it before compile
-    and DDP."""
+    """Turn every depthwise convolution of FastDepth's kinds, 3x3 and 5x5, into a FastDepthwise, in place.
+
+    They have no bias, and a padding that keeps the size at stride 1. Call it before compile and DDP.
+    """
     for conv in [module for module in model.modules() if type(module) is nn.Conv2d]:
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
         padded = (conv.kernel_size, conv.padding) in [((3, 3), (1, 1)), ((5, 5), (2, 2))]
@@ -863,40 +865,38 @@ class FastDepthwise(nn.Conv2d):
 
 
 class DepthwiseGradient(torch.autograd.Function):
-    """The gradient in pieces for which PyTorch has fast CPU kernels (oneDNN, channels last).
+    """The gradient by operations for which PyTorch has fast CPU kernels (oneDNN, channels last).
 
-    Without it, the depthwise layers take most of a training step of FastDepth, above all the 5x5 ones.
+    Without it, the weight gradients of FastDepth's five 5x5 layers take most of a training step in bfloat16.
     """
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
-        """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H/stride, W/stride)."""
-        y = F.conv2d(x, weight, None, stride, padding, groups=len(weight))
-        ctx.save_for_backward(x.to(y.dtype), weight)  # autocast may have cast x
+        """x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H/stride, W/stride), rounded up."""
+        ctx.save_for_backward(x, weight)
         ctx.options = stride, padding
-        return y
+        return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
 
     @staticmethod
     def backward(ctx, grad):
         """Gradient of the output (B, C, H/stride, W/stride) -> those of x (B, C, H, W) and of the weight."""
         x, weight = ctx.saved_tensors
+        x = x.to(grad.dtype)  # as autocast did
         stride, padding = ctx.options
         channels, _, _, width = weight.shape
 
-        # Of the weight. PyTorch's kernel is fast up to a width of 3, so a width of 5 is computed in two parts
-        # that share the middle column.
+        # Of the weight. PyTorch's kernel is fast up to a width of 3, so a width of 5 is computed in two
+        # parts: the left three columns and the right three, which share the middle one.
         if width == 5:
-            grad_weight = torch.empty_like(weight)
-            padded = F.pad(x, (2, 2, 2, 2))
-            for j in (0, 2):
-                shifted = padded[..., j:padded.shape[3] - 2 + j]
-                part = conv2d_weight(shifted, (channels, 1, 5, 3), grad, stride, groups=channels)
-                grad_weight[..., j:j + 3] = part
+            shape = channels, 1, 5, 3
+            left = conv2d_weight(F.pad(x, (2, 0, 2, 2)), shape, grad, stride, groups=channels)
+            right = conv2d_weight(F.pad(x, (0, 2, 2, 2)), shape, grad, stride, groups=channels)
+            grad_weight = torch.cat([left, right[..., 1:]], 3)
         else:
             grad_weight = conv2d_weight(x, weight.shape, grad, stride, padding, groups=channels)
 
-        # Of x. PyTorch's kernel is slow. A forward convolution does the same: over the gradient, with zeros
-        # where the stride skipped pixels, and with the weights turned by 180 degrees.
+        # Of x. PyTorch's kernel is slow; that of a forward convolution is not. It runs over the gradient,
+        # with zeros at the pixels that the stride skipped, and its weights are turned by 180 degrees.
         if stride != (1, 1):
             strided = grad
             grad = torch.zeros_like(x)

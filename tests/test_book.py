@@ -20,6 +20,7 @@ from test_data import frame, save_pair
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "README.md"]
 TEXT = "\n".join(page.read_text() for page in PAGES)
+ROOMS = train.ROOMS  # of the default run; fewer in the tests
 SCRIPTS = ("model", "data", "loss", "train", "eval", "export")
 SMALL = ["--limit", "4", "--batch-size", "4", "--size", "64", "64"]  # what makes a training small
 
@@ -40,7 +41,7 @@ def in_miniature(command):
     """The script of a command, and its arguments, made small: argparse takes a flag's last value."""
     script, *arguments = shlex.split(command)[1:]
     arguments = [re.sub(r"^rooms:\d+", "rooms:16", argument) for argument in arguments]
-    arguments = [re.sub(r"^(data/rooms-v\d+)-\d+-", r"\1-16-", argument) for argument in arguments]
+    arguments = [argument.replace(f"-{ROOMS}-", "-16-") for argument in arguments]
     if script == "train.py":
         arguments += [*SMALL, "--epochs", "2" if "--resume" in arguments else "1"]
     return script.removesuffix(".py"), arguments

@@ -334,7 +334,7 @@ def test_a_built_network_can_be_traced_exported_and_differentiated_by_torch_func
 
 
 DEPTHWISE = [dict(kernel_size=k, padding=k // 2, stride=stride) for k in (3, 5) for stride in (1, 2, (2, 1))]
-OTHERS = [  # beside channels, groups and bias
+OTHERS = [  # changes to the default of `depthwise`
     dict(groups=1), dict(groups=2), dict(out_channels=12), dict(bias=True), dict(dilation=2), dict(padding=0),
     dict(kernel_size=(3, 5), padding=(1, 2)), dict(kernel_size=7, padding=3),
     dict(padding_mode="reflect"), dict(padding="same")]
@@ -354,16 +354,17 @@ def gradients(layer, x, slope, amp=False):
 
 
 @pytest.mark.parametrize("options", DEPTHWISE, ids=str)
+@pytest.mark.parametrize("size", [(14, 10), (7, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype, amp, tolerance", [
     (torch.float64, False, 1e-12),
     (torch.float32, False, 1e-6),
     (torch.float32, True, 1e-2),  # bfloat16 has 8 bits: 2^-9 = 0.002 a rounding
 ], ids=["float64", "float32", "autocast"])
-def test_the_fast_gradient_is_that_of_a_plain_convolution(options, layout, dtype, amp, tolerance):
+def test_the_fast_gradient_is_that_of_a_plain_convolution(options, size, layout, dtype, amp, tolerance):
     plain = depthwise(**options).to(dtype)
-    x = torch.randn(2, 6, 14, 10, dtype=dtype).to(memory_format=layout)
-    slope = torch.randn(plain(x).shape, dtype=dtype)
+    x = torch.randn(2, 6, *size, dtype=dtype).to(memory_format=layout)
+    slope = torch.randn(plain(x).shape, dtype=dtype).to(memory_format=layout)
     fast = nn.Sequential(copy.deepcopy(plain))
     script.use_fast_depthwise_gradient(fast)
     assert type(fast[0]) is FastDepthwise
@@ -374,7 +375,7 @@ def test_the_fast_gradient_is_that_of_a_plain_convolution(options, layout, dtype
 
 
 @pytest.mark.parametrize("options", OTHERS, ids=str)
-def test_only_plain_depthwise_convolutions_get_the_fast_gradient(options):
+def test_only_depthwise_convolutions_like_fastdepths_get_the_fast_gradient(options):
     model = nn.Sequential(depthwise(**options))
     script.use_fast_depthwise_gradient(model)
     assert type(model[0]) is nn.Conv2d
@@ -394,8 +395,9 @@ def test_a_network_with_the_fast_gradient_keeps_its_keys_copies_pickles_and_fold
     assert fast.to("meta")(image.to("meta")).shape == expected.shape
 
 
-def test_a_block_with_the_fast_gradient_compiles_under_autocast():
-    block, x = script.separable(4, 4, 5), torch.rand(2, 4, 8, 8)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_block_with_the_fast_gradient_compiles_under_autocast(stride):
+    block, x = script.separable(4, 4, 5, stride), torch.rand(2, 4, 8, 8)
     script.use_fast_depthwise_gradient(block)
     found = []
     for run in (block, torch.compile(block, backend="aot_eager")):
