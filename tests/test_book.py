@@ -85,6 +85,10 @@ def test_the_readme_shows_a_command_of_every_script():
     assert shown == {"model.py", "data.py", "train.py", "eval.py", "export.py"}
 
 
+def test_the_readme_says_how_many_rooms_the_default_run_trains_on():
+    assert f"trains FastDepth on {ROOMS:,} of them" in TEXT
+
+
 def test_every_python_block_runs(home, monkeypatch):
     """The OpenCV example sees a camera of two images, and what it shows is PyTorch's depth of the crop."""
     torch.manual_seed(0)
