@@ -354,7 +354,7 @@ def gradients(layer, x, slope, amp=False):
 
 
 @pytest.mark.parametrize("options", DEPTHWISE, ids=str)
-@pytest.mark.parametrize("size", [(14, 10), (7, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(14, 10), (7, 5), (2, 2)], ids=str)  # at 1x1, PyTorch errs at stride 2
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype, amp, tolerance", [
     (torch.float64, False, 1e-12),
