@@ -846,7 +846,7 @@ def main():
 def use_fast_depthwise_gradient(model):
     """Turn every depthwise convolution of FastDepth's kinds, 3x3 and 5x5, into a FastDepthwise, in place.
 
-    They have no bias, and a padding that keeps the size at stride 1. Call it before compile and DDP.
+    Those have no bias, and a padding that keeps the size at stride 1. Call it before compile and DDP.
     """
     for conv in [module for module in model.modules() if type(module) is nn.Conv2d]:
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.bias is None
@@ -867,7 +867,7 @@ class FastDepthwise(nn.Conv2d):
 class DepthwiseGradient(torch.autograd.Function):
     """The gradient by operations for which PyTorch has fast CPU kernels (oneDNN, channels last).
 
-    Without it, the weight gradients of FastDepth's five 5x5 layers take most of a training step in bfloat16.
+    With PyTorch's own, a training step of FastDepth in bfloat16 takes nearly twice as long.
     """
 
     @staticmethod
@@ -879,7 +879,7 @@ class DepthwiseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Gradient of the output (B, C, H/stride, W/stride) -> those of x (B, C, H, W) and of the weight."""
+        """grad (B, C, H/stride, W/stride) -> the gradients of x (B, C, H, W) and of weight (C, 1, k, k)."""
         x, weight = ctx.saved_tensors
         x = x.to(grad.dtype)  # as autocast did
         stride, padding = ctx.options
@@ -888,7 +888,7 @@ class DepthwiseGradient(torch.autograd.Function):
         # Of the weight. PyTorch's kernel is fast up to a width of 3, so a width of 5 is computed in two
         # parts: the left three columns and the right three, which share the middle one.
         if width == 5:
-            shape = channels, 1, 5, 3
+            shape = channels, 1, 5, 3  # 5 high, 3 wide
             left = conv2d_weight(F.pad(x, (2, 0, 2, 2)), shape, grad, stride, groups=channels)
             right = conv2d_weight(F.pad(x, (0, 2, 2, 2)), shape, grad, stride, groups=channels)
             grad_weight = torch.cat([left, right[..., 1:]], 3)
@@ -899,7 +899,7 @@ class DepthwiseGradient(torch.autograd.Function):
         # with zeros at the pixels that the stride skipped, and its weights are turned by 180 degrees.
         if stride != (1, 1):
             strided = grad
-            grad = torch.zeros_like(x)
+            grad = torch.zeros_like(x)  # (B, C, H, W)
             grad[:, :, ::stride[0], ::stride[1]] = strided
         grad_x = F.conv2d(grad, weight.flip(2, 3).to(x.dtype), padding=padding, groups=channels)
         return grad_x, grad_weight, None, None
